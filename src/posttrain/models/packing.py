@@ -1,0 +1,170 @@
+"""Packed layout: ragged sequences in one row, without padding, prompts shared by a group computed once.
+
+A *segment* is a run of packed tokens: a whole sequence, a prompt that several completions share, or such a completion.
+A segment attends to itself causally and, where it has one, to its whole prefix segment; never to anything else.
+Linear layers, norms and embeddings see one row of real tokens; only attention gathers segments into small rectangles
+(*buckets* of similar length).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posttrain.objective.batch import Batch
+
+BUCKET_RATIO = 0.7  # a segment joins a bucket if its keys are at least this share of the longest there
+SCORES_PER_BUCKET = 1 << 20  # query x key pairs of one head held at a time
+
+
+@dataclass(slots=True)
+class Segment:
+    start: int
+    length: int
+    prefix: int = -1  # index of the segment it continues
+    offset: int = 0  # position of its first token
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Segments of similar length as one rectangle.
+
+    query: `[B, Q]` int64 packed index of each query, 0 where padded; key: `[B, K]` likewise.
+    mask: `[B, 1, Q, K]` bool, True where a query may look; query_rows: flat indices into `[B * Q]` that are real, in
+    the order of `packed`, their packed indices.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor
+    query_rows: Tensor
+    packed: Tensor
+
+
+@dataclass(slots=True)
+class Layout:
+    """tokens, positions: `[N]` int64; source: `[M]` packed index of the hidden state that predicts each target."""
+
+    tokens: Tensor
+    positions: Tensor
+    segments: list[Segment]
+    buckets: list[Bucket]
+    source: Tensor
+
+    def to(self, device: torch.device) -> Layout:
+        if device.type == "cpu":
+            return self
+        moved = [Bucket(*(getattr(b, name).to(device) for name in Bucket.__slots__)) for b in self.buckets]
+        return Layout(self.tokens.to(device), self.positions.to(device), self.segments, moved, self.source.to(device))
+
+
+def pack(batch: Batch, *, share_prompts: bool = True, window: int | None = None) -> Layout:
+    """Lay a batch out. The last action of a sequence is only predicted, so it is no input."""
+    sequence, place = batch.sequence.cpu(), batch.place.cpu()
+    first = torch.full((len(batch),), 1 << 62).scatter_reduce(0, sequence, place, "amin").tolist()
+    last = torch.zeros(len(batch), dtype=torch.int64).scatter_reduce(0, sequence, place, "amax").tolist()
+    members: dict[int, list[int]] = {}
+    for s, g in enumerate(batch.group.tolist()):
+        members.setdefault(g, []).append(s)
+
+    builder = _Builder()
+    origin: list[tuple[int, int, int]] = [(0, 0, 0)] * len(batch)  # packed start, its position, packed prefix start
+    for sequences in members.values():
+        shared = _common_prompt([batch.tokens[s] for s in sequences], min(first[s] for s in sequences))
+        if not share_prompts or len(sequences) == 1 or shared == 0:
+            for s in sequences:
+                start = builder.add(batch.tokens[s][: last[s]])
+                origin[s] = (start, 0, start)
+            continue
+        prefix_start = builder.add(batch.tokens[sequences[0]][:shared])
+        prefix = len(builder.segments) - 1
+        for s in sequences:
+            start = builder.add(batch.tokens[s][shared : last[s]], prefix=prefix, offset=shared)
+            origin[s] = (start, shared, prefix_start)
+
+    own, offset, prefix_starts = torch.tensor(origin).T
+    before = place - 1  # the hidden state one place earlier predicts a token
+    here = before - offset[sequence]
+    source = torch.where(here >= 0, own[sequence] + here, prefix_starts[sequence] + before)
+    return builder.layout(source, window)
+
+
+def pack_prompts(prompts: list[Tensor], window: int | None = None) -> Layout:
+    """Lay out whole prompts (for prefill); `source` is the last token of each."""
+    builder = _Builder()
+    starts = [builder.add(p) for p in prompts]
+    return builder.layout(torch.tensor([s + len(p) - 1 for s, p in zip(starts, prompts, strict=True)]), window)
+
+
+def _common_prompt(sequences: list[Tensor], limit: int) -> int:
+    """Length of the prefix that all sequences share, at most `limit`."""
+    reference = sequences[0][:limit]
+    for other in sequences[1:]:
+        equal = reference[: len(other)] == other[: len(reference)]
+        length = len(equal) if bool(equal.all()) else int((~equal).nonzero()[0])
+        reference = reference[:length]
+    return len(reference)
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self.tokens: list[Tensor] = []
+        self.segments: list[Segment] = []
+        self.used = 0
+
+    def add(self, tokens: Tensor, prefix: int = -1, offset: int = 0) -> int:
+        start = self.used
+        if len(tokens):
+            self.segments.append(Segment(start, len(tokens), prefix, offset))
+            self.tokens.append(tokens)
+            self.used += len(tokens)
+        return start
+
+    def layout(self, source: Tensor, window: int | None) -> Layout:
+        positions = torch.cat([torch.arange(s.offset, s.offset + s.length) for s in self.segments])
+        return Layout(torch.cat(self.tokens), positions, self.segments, self._buckets(positions, window), source)
+
+    def _buckets(self, positions: Tensor, window: int | None) -> list[Bucket]:
+        order = sorted(self.segments, key=lambda s: (s.prefix < 0, -(s.offset + s.length), -s.length))
+        buckets: list[list[Segment]] = []
+        for segment in order:
+            keys = segment.offset + segment.length
+            head = buckets[-1][0] if buckets else None
+            fits = (
+                head is not None
+                and (head.prefix < 0) == (segment.prefix < 0)
+                and keys >= BUCKET_RATIO * (head.offset + head.length)
+                and (len(buckets[-1]) + 1) * max(s.length for s in buckets[-1]) * (head.offset + head.length)
+                <= SCORES_PER_BUCKET
+            )
+            if fits:
+                buckets[-1].append(segment)
+            else:
+                buckets.append([segment])
+        return [self._bucket(b, positions, window) for b in buckets]
+
+    def _bucket(self, segments: list[Segment], positions: Tensor, window: int | None) -> Bucket:
+        width = max(s.length for s in segments)
+        keys = max(s.offset + s.length for s in segments)
+        query = torch.zeros(len(segments), width, dtype=torch.int64)
+        key = torch.zeros(len(segments), keys, dtype=torch.int64)
+        real_query = torch.zeros(len(segments), width, dtype=torch.bool)
+        real_key = torch.zeros(len(segments), keys, dtype=torch.bool)
+        for row, s in enumerate(segments):
+            own = torch.arange(s.start, s.start + s.length)
+            if s.prefix >= 0:
+                p = self.segments[s.prefix]
+                own_keys = torch.cat([torch.arange(p.start, p.start + p.length), own])
+            else:
+                own_keys = own
+            query[row, : s.length], real_query[row, : s.length] = own, True
+            key[row, : len(own_keys)], real_key[row, : len(own_keys)] = own_keys, True
+        distance = positions[query][:, :, None] - positions[key][:, None, :]
+        mask = (distance >= 0) & real_key[:, None, :]
+        if window is not None:
+            mask &= distance < window
+        mask[:, :, 0] |= ~real_query  # a padded query looks somewhere, so that its softmax is finite
+        rows = real_query.flatten().nonzero()[:, 0]
+        return Bucket(query, key, mask[:, None], rows, query.flatten()[rows])

@@ -1,0 +1,1 @@
+"""One surrogate with four interchangeable parts: advantage, denominator (ratio), mask and divergences."""

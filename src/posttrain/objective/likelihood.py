@@ -1,0 +1,40 @@
+"""What a policy answers when asked for the likelihood of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from posttrain.objective.batch import Batch
+from posttrain.objective.logprob import Divergence, Head
+
+
+@dataclass(slots=True)
+class Likelihood:
+    """logp: `[M]` fp32 log-probability of each action token (differentiable). Where asked for: entropy `[M]`,
+    divergence `[M]` (full-vocabulary, to a reference), hidden `[M, width]` (the state that predicts each token) with
+    its head, value `[M]` (a critic's estimate before each token).
+    """
+
+    logp: Tensor
+    entropy: Tensor | None = None
+    divergence: Tensor | None = None
+    hidden: Tensor | None = None
+    head: Head | None = None
+    value: Tensor | None = None
+
+
+class Policy(Protocol):
+    """Anything with a likelihood: the objective asks for no more."""
+
+    def log_likelihood(
+        self,
+        batch: Batch,
+        *,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        reference: Likelihood | None = None,
+        divergence: Divergence = "reverse",
+    ) -> Likelihood: ...

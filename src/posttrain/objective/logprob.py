@@ -1,0 +1,180 @@
+"""The fused operator: token log-probabilities (and entropies, divergences to a reference) from hidden states.
+
+Logits are computed a chunk of tokens at a time and never kept: the forward pass stores one normaliser a token, the
+backward pass recomputes the chunk and multiplies it with the upstream weights. Peak memory is one chunk, whatever the
+vocabulary and the number of tokens. Every method uses it, since a method only differs in the upstream weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in fp32
+Divergence = Literal["forward", "reverse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A vocabulary projection: `logits = softcap(scale * (hidden @ weight.T + bias))`.
+
+    weight: `[vocab, width]`; bias: `[vocab]` or None; scale: multiplies logits (1 / sampling temperature, model scale);
+    softcap: `cap * tanh(logits / cap)` as in Gemma 2, applied before the temperature; None for none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[tokens, width]` to fp32 (float64 stays float64) `[tokens, vocab]`."""
+        logits = self._projected(hidden)
+        if self.scale != 1:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        if self.temperature != 1:
+            logits /= self.temperature
+        return logits
+
+    def pull_back(self, grad: Tensor, hidden: Tensor) -> Tensor:
+        """Gradient with respect to `hidden @ weight.T + bias` from that with respect to the logits, in place."""
+        if self.temperature != 1:
+            grad /= self.temperature
+        if self.softcap is not None:
+            grad *= 1 - torch.tanh(self._projected(hidden) * (self.scale / self.softcap)) ** 2
+        if self.scale != 1:
+            grad *= self.scale
+        return grad
+
+    def _projected(self, hidden: Tensor) -> Tensor:
+        product = hidden @ self.weight.T
+        product = product.to(_wide(product.dtype))
+        if self.bias is not None:
+            product += self.bias
+        return product
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the softmax: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStatistics:
+    """logp, entropy and divergence of each token, `[tokens]` fp32 (float64 for float64 hidden states); the latter two
+    None unless asked for."""
+
+    logp: Tensor
+    entropy: Tensor | None = None
+    divergence: Tensor | None = None
+
+
+def token_statistics(
+    hidden: Tensor,
+    target: Tensor,
+    head: Head,
+    *,
+    entropy: bool = False,
+    reference: tuple[Tensor, Head] | None = None,
+    divergence: Divergence = "reverse",
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> TokenStatistics:
+    r"""Log-probability of `target` under `softmax(head(hidden))`, differentiable in hidden, weight and bias.
+
+    Args:
+        hidden: `[tokens, width]`, any floating dtype; products are taken in it, the softmax in fp32 at least.
+        target: `[tokens]` int64.
+        head: the projection.
+        entropy: also return :math:`-\sum_v p_v \log p_v` (differentiable).
+        reference: hidden states and head of another model, constant; adds the full-vocabulary divergence to it.
+        divergence: ``reverse`` is KL(policy || reference), ``forward`` is KL(reference || policy).
+        chunk_elements: logits held at a time; a chunk is at least one token.
+    """
+    if hidden.ndim != 2 or target.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"token_statistics needs hidden [tokens, width] and target [tokens]; "
+            f"got {tuple(hidden.shape)} and {tuple(target.shape)}"
+        )
+    rows = max(1, chunk_elements // head.weight.shape[0])
+    logp, ent, div = _Fused.apply(hidden, head.weight, head.bias, target, head, entropy, reference, divergence, rows)
+    return TokenStatistics(logp, ent if entropy else None, div if reference is not None else None)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        head: Head,
+        entropy: bool,
+        reference: tuple[Tensor, Head] | None,
+        divergence: Divergence,
+        rows: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lse, logp, ent, div = (hidden.new_zeros(len(hidden), dtype=_wide(hidden.dtype)) for _ in range(4))
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = head.logits(hidden[part])
+            lse[part] = torch.logsumexp(logits, -1)
+            logp[part] = logits.gather(1, target[part, None])[:, 0] - lse[part]
+            if reference is not None:
+                log_q = reference[1].logits(reference[0][part]).log_softmax(-1)
+                log_p = logits - lse[part, None]
+                first, second = (log_p, log_q) if divergence == "reverse" else (log_q, log_p)
+                div[part] = (first.exp() * (first - second)).sum(-1)
+            if entropy:
+                # H = lse - sum p z, with p formed in place of a second copy of the logits
+                p = (logits - lse[part, None]).exp_()
+                ent[part] = lse[part] - p.mul_(logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, target, lse, ent, div)
+        ctx.settings = (head, entropy, reference, divergence, rows)
+        return logp, ent, div
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_logp: Tensor, g_ent: Tensor, g_div: Tensor) -> tuple[Any, ...]:
+        hidden, weight, bias, target, lse, ent, div = ctx.saved_tensors
+        head, entropy, reference, divergence, rows = ctx.settings
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if wants_weight else None
+        d_bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if wants_bias and bias is not None else None
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            h = hidden[part]
+            log_p = head.logits(h) - lse[part, None]
+            p = log_p.exp()
+            grad = p * -g_logp[part, None]
+            grad.scatter_add_(1, target[part, None], g_logp[part, None].to(grad.dtype))
+            if entropy:
+                grad -= g_ent[part, None] * p * (log_p + ent[part, None])
+            if reference is not None:
+                log_q = reference[1].logits(reference[0][part]).log_softmax(-1)
+                if divergence == "reverse":
+                    grad += g_div[part, None] * p * (log_p - log_q - div[part, None])
+                else:
+                    grad += g_div[part, None] * (p - log_q.exp())
+            grad = head.pull_back(grad, h)
+            if d_bias is not None:
+                d_bias += grad.sum(0)
+            low = grad.to(h.dtype)
+            if d_hidden is not None:
+                d_hidden[part] = low @ weight
+            if d_weight is not None:
+                d_weight += low.T @ h
+        return (
+            d_hidden,
+            d_weight.to(weight.dtype) if d_weight is not None else None,
+            d_bias.to(bias.dtype) if d_bias is not None and bias is not None else None,
+            *(None,) * 6,
+        )

@@ -1,0 +1,66 @@
+"""Masks: which tokens keep their gradient. Stabilisation is a choice of tokens, not another loss.
+
+Each returns `keep` `[M]` (bool) and `bound` `[M]` (what the paper's loss has in the ratio's place where it is masked;
+0 where the token simply drops out).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from posttrain.objective.batch import Batch
+from posttrain.objective.denominator import Ratio
+
+
+@dataclass(slots=True)
+class Kept:
+    keep: Tensor
+    bound: Tensor
+
+
+class Mask(Protocol):
+    def __call__(self, batch: Batch, ratio: Ratio, advantage: Tensor) -> Kept: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    r"""PPO's clipping as a mask: a token whose ratio already moved past the band in the direction that its advantage
+    asks for has no gradient (`min(\rho A, \mathrm{clip}(\rho, 1-low, 1+high) A)` is constant there).
+
+    On sequence ratios it masks whole sequences (GSPO).
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+
+    def __call__(self, batch: Batch, ratio: Ratio, advantage: Tensor) -> Kept:
+        rho = ratio.log_ratio.exp()
+        over = (advantage > 0) & (rho > 1 + self.high)
+        under = (advantage < 0) & (rho < 1 - self.low)
+        bound = torch.where(over, 1 + self.high, 1 - self.low).to(rho)
+        return Kept(~(over | under), bound)
+
+
+@dataclass(frozen=True, slots=True)
+class DualClip:
+    """A ceiling on the ratio (`delta` > 1 + high) for negative advantages, where PPO's minimum is unbounded
+    (dual-clip PPO, 2019, arXiv 1912.09729)."""
+
+    delta: float = 10.0
+
+    def __call__(self, batch: Batch, ratio: Ratio, advantage: Tensor) -> Kept:
+        rho = ratio.log_ratio.exp()
+        return Kept(~((advantage < 0) & (rho > self.delta)), torch.full_like(rho, self.delta))
+
+
+@dataclass(frozen=True, slots=True)
+class DropTruncated:
+    """Sequences that ran into the length limit teach nothing (DAPO's overlong filtering)."""
+
+    def __call__(self, batch: Batch, ratio: Ratio, advantage: Tensor) -> Kept:
+        keep = ~batch.spread(batch.truncated.to(advantage.device))
+        return Kept(keep, torch.zeros_like(advantage))

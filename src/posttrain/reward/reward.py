@@ -1,0 +1,220 @@
+"""A reward: named components with weights, summed; a component that fails is counted and scored by a declared value."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from posttrain.reward.names import unknown
+from posttrain.reward.verifiers import VERIFIERS
+from posttrain.trajectory import Finish, Group, PosttrainError, Prompt
+
+Scorer = Callable[..., float]  # a `verifiers.Verifier`, or any callable that takes (completion, prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one completion earned.
+
+    total: the weighted sum of `parts`. parts: each component's own value, before its weight.
+    errors: component to message, where a component failed (its part is then the reward's `on_error`).
+    """
+
+    total: float
+    parts: dict[str, float]
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+class Reward:
+    """The weighted sum of named components.
+
+    components: name to (callable, weight). A callable takes `(completion, prompt)`, and by keyword `tokens` and
+        `finish` where its signature has them (`verifiers.Verifier`).
+    on_error: the value of a component that raises, or returns anything but a finite number.
+    errors: failures counted by component since this object was made; first_error: the first one's message.
+    """
+
+    def __init__(self, components: Mapping[str, tuple[Scorer, float]], on_error: float = 0.0) -> None:
+        if not components:
+            raise PosttrainError("a reward needs at least one component; got none")
+        self.components = dict(components)
+        self.on_error = _finite(on_error, "reward: on_error")
+        self.weights = {name: _finite(weight, f"reward {name}: weight") for name, (_, weight) in components.items()}
+        self._keywords = {name: _keywords(name, function) for name, (function, _) in components.items()}
+        self.errors: dict[str, int] = dict.fromkeys(components, 0)
+        self.first_error: str | None = None
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{name}: {self.weights[name]:g} × {f!r}" for name, (f, _) in self.components.items())
+        return f"Reward({inside})"
+
+    def score(self, prompt: Prompt, completion: str, *, tokens: int, finish: Finish) -> Score:
+        """Score one completion text.
+
+        tokens: length of the completion, end token included. finish: why it ended.
+        """
+        parts: dict[str, float] = {}
+        errors: dict[str, str] = {}
+        offered = {"tokens": tokens, "finish": finish}
+        for name, (function, _) in self.components.items():
+            try:
+                value = function(completion, prompt, **{k: offered[k] for k in self._keywords[name]})
+                parts[name] = _number(value)
+            except Exception as error:
+                parts[name] = self.on_error
+                errors[name] = f"{name}: {type(error).__name__}: {error}"
+                self.errors[name] += 1
+                self.first_error = self.first_error or errors[name]
+        total = math.fsum(self.weights[name] * value for name, value in parts.items())
+        return Score(total, parts, errors)
+
+    def score_groups(self, groups: Iterable[Group]) -> None:
+        """Fill `reward` and `rewards` of every trajectory in `groups`, in place, from its `text`."""
+        for group in groups:
+            if group.prompt is None:
+                raise PosttrainError("a group without a prompt cannot be scored; give Group(..., prompt=Prompt)")
+            for trajectory in group.trajectories:
+                score = self.score(group.prompt, trajectory.text, tokens=trajectory.actions, finish=trajectory.finish)
+                trajectory.reward, trajectory.rewards = score.total, score.parts
+
+
+def reward_from(spec: Any) -> Reward:
+    """Build a reward from what a recipe or a caller may write.
+
+    A `Reward` is returned as it is. A callable, a verifier's name ("math_verify") or an import path
+    ("package.module:function", "folder/file.py:function") becomes the only component, with weight 1. A mapping holds
+    components: `{math_verify: 1.0, format: {pattern: "...", weight: 0.2}, "rewards.py:brief": 0.1, on_error: -1}`.
+    A key is a verifier's name or an import path, unless its value names one: `{polite: {verifier: regex, ...}}`.
+    A value is a weight, or a mapping of arguments and `weight`. Raises PosttrainError, naming the nearest known name.
+    """
+    if isinstance(spec, Reward):
+        return spec
+    if isinstance(spec, str):
+        return Reward({_component_name(spec): (_verifier(spec, {}), 1.0)})
+    if callable(spec):
+        return Reward({getattr(spec, "__name__", type(spec).__name__): (spec, 1.0)})
+    if not isinstance(spec, Mapping):
+        raise PosttrainError(f"reward: got {spec!r}; expected a name, an import path, a mapping or a callable")
+    components: dict[str, tuple[Scorer, float]] = {}
+    for key, value in spec.items():
+        if key == "on_error":
+            continue
+        name = _component_name(str(key))
+        if name in components:
+            raise PosttrainError(f"reward: two components are called {name!r}; name one: {{mine: {{verifier: {key}}}}}")
+        components[name] = _component(str(key), value)
+    return Reward(components, on_error=spec.get("on_error", 0.0))
+
+
+def _component(key: str, value: Any) -> tuple[Scorer, float]:
+    """`(callable, weight)` for one entry of a reward mapping."""
+    if isinstance(value, Mapping):
+        arguments = {str(name): argument for name, argument in value.items() if name not in ("weight", "verifier")}
+        return _verifier(str(value.get("verifier", key)), arguments), value.get("weight", 1.0)
+    if callable(value):
+        return value, 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise PosttrainError(f"reward {key}: got {value!r}; expected a weight, or a mapping of arguments and weight")
+    return _verifier(key, {}), 1.0 if value is None else value
+
+
+def _verifier(name: str, arguments: dict[str, Any]) -> Scorer:
+    """The verifier called `name` with its arguments, or what an import path leads to."""
+    if name in VERIFIERS:
+        return _construct(name, VERIFIERS[name], arguments)
+    if ":" not in name:
+        raise unknown("verifier", name, VERIFIERS, where="; your own: package.module:function")
+    target = _import(name)
+    if inspect.isclass(target):
+        return _construct(name, target, arguments)
+    if not callable(target):
+        raise PosttrainError(f"reward {name}: that is a {type(target).__name__}; expected something callable")
+    return functools.partial(target, **arguments) if arguments else target
+
+
+def _construct(name: str, kind: type, arguments: dict[str, Any]) -> Scorer:
+    signature = inspect.signature(kind)
+    try:
+        signature.bind(**arguments)
+        return kind(**arguments)
+    except TypeError as error:
+        raise PosttrainError(
+            f"reward {name}: {error}; its arguments are ({', '.join(map(str, signature.parameters.values()))})"
+        ) from error
+
+
+def _component_name(spec: str) -> str:
+    """ "package.module:function" is called by its function."""
+    return spec.rpartition(":")[2]
+
+
+def _import(path: str) -> Any:
+    """The object at "package.module:name" or "folder/file.py:name"; the working folder counts as importable."""
+    source, _, attribute = path.rpartition(":")
+    try:
+        if source.endswith(".py"):
+            module = _load_file(Path(source))
+        else:
+            if str(Path.cwd()) not in sys.path:
+                sys.path.append(str(Path.cwd()))
+            module = importlib.import_module(source)
+        return functools.reduce(getattr, attribute.split("."), module)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise PosttrainError(
+            f"reward {path}: cannot import it: {type(error).__name__}: {error}; "
+            "expected package.module:function or file.py:function"
+        ) from error
+
+
+def _load_file(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _keywords(name: str, function: Scorer) -> tuple[str, ...]:
+    """Which of `tokens` and `finish` the callable takes; raises where it cannot take (completion, prompt)."""
+    offered = ("tokens", "finish")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in callables have no signature
+        return ()
+    parameters = signature.parameters.values()
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    by_name = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    keywords = tuple(k for k in offered if anything or k in by_name)
+    try:
+        signature.bind("completion", None, **dict.fromkeys(keywords))
+    except TypeError as error:
+        raise PosttrainError(
+            f"reward {name}: {error} in {signature}; expected (completion, prompt), tokens and finish optional"
+        ) from error
+    return keywords
+
+
+def _number(value: Any) -> float:
+    """`value` as a finite float; TypeError or ValueError where it is none."""
+    if isinstance(value, str | bytes) or value is None:
+        raise TypeError(f"returned {value!r}; expected a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"returned {number}; expected a finite number")
+    return number
+
+
+def _finite(value: Any, what: str) -> float:
+    try:
+        return _number(value)
+    except (TypeError, ValueError) as error:
+        raise PosttrainError(f"{what} is {value!r}; expected a finite number") from error

@@ -1,0 +1,27 @@
+"""What a rollout engine is: prompts in, sampled completions with exact log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from posttrain.trajectory import Completion, Prompt, Sampling
+
+Progress = Callable[[int, int], None]  # (finished completions, all completions)
+
+
+class Engine(Protocol):
+    """Generates completions. Deterministic given `seed`: sample `j` of the prompt with key `k` does not depend on
+    which other prompts are in the call.
+    """
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        sampling: Sampling,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """Return `samples` completions for each prompt, in the order of `prompts`."""
+        ...

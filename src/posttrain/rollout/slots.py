@@ -1,0 +1,94 @@
+"""Key-value memory for decoding: preallocated slots, one a running completion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Slots:
+    """Keys and values of up to `count` running rows in every layer; running rows always occupy the first slots.
+
+    keys[layer]: `[count, key heads, capacity, width]`, values[layer] likewise; length: `[count]` tokens held by a row.
+    """
+
+    def __init__(self, count: int, capacity: int, window: int | None = None) -> None:
+        self.count, self.capacity, self.window = count, capacity, window
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.length = torch.zeros(count, dtype=torch.int64)
+        self.active = 0
+        self._rows = torch.arange(count)
+        self._mask = torch.empty(0)
+
+    def admit(self, prompt: dict[int, tuple[Tensor, Tensor]], copies: int) -> int:
+        """Start `copies` rows with the keys and values of one prompt (`[heads, tokens, width]`); returns the first."""
+        first = self.active
+        for layer, (key, value) in prompt.items():
+            if layer not in self.keys:
+                shape = (self.count, key.shape[0], self.capacity, key.shape[-1])
+                self.keys[layer] = key.new_zeros(shape)
+                self.values[layer] = value.new_zeros((*shape[:3], value.shape[-1]))
+            self.keys[layer][first : first + copies, :, : key.shape[1]] = key
+            self.values[layer][first : first + copies, :, : value.shape[1]] = value
+        self.length[first : first + copies] = next(iter(prompt.values()))[0].shape[1]
+        self.active += copies
+        return first
+
+    def compact(self, keep: Tensor) -> None:
+        """Keep the running rows `keep` (`[kept]` ascending), moving rows from the end into the gaps."""
+        kept = len(keep)
+        stays = keep[keep < kept]
+        moves = keep[keep >= kept]
+        gaps = torch.ones(kept, dtype=torch.bool)
+        gaps[stays] = False
+        holes = gaps.nonzero()[:, 0]
+        if len(moves):
+            top = int(self.length[moves].max())
+            for store in (self.keys, self.values):
+                for layer in store:
+                    store[layer][holes, :, :top] = store[layer][moves, :, :top]
+            self.length[holes] = self.length[moves]
+        self.active = kept
+
+    @staticmethod
+    def order(keep: Tensor) -> Tensor:
+        """Which old row stands in each slot after `compact(keep)`: `[kept]`."""
+        kept = len(keep)
+        result = torch.arange(kept)
+        gaps = torch.ones(kept, dtype=torch.bool)
+        gaps[keep[keep < kept]] = False
+        result[gaps] = keep[keep >= kept]
+        return result
+
+    def begin_step(self) -> Tensor:
+        """Prepare a decode step of all running rows; returns the position of each one's new token, `[active]`."""
+        positions = self.length[: self.active].clone()
+        self._top = int(positions.max()) + 1
+        distance = positions[:, None] - torch.arange(self._top)
+        hidden = distance < 0
+        if self.window is not None:
+            hidden |= distance >= self.window
+        device = next(iter(self.keys.values())).device
+        self._mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None].to(device)
+        self._positions = positions.to(device)
+        self.length[: self.active] += 1
+        return positions
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any) -> Tensor:
+        """Write the new keys and values, attend to all a row holds: query `[active, heads, 1, width]` to
+        `[active, 1, heads, width]`. The heads of a group are rows of one product, so keys are never repeated.
+        """
+        rows = self._rows[: self.active]
+        store_k, store_v = self.keys[layer], self.values[layer]
+        store_k[rows, :, self._positions] = key[:, :, 0]
+        store_v[rows, :, self._positions] = value[:, :, 0]
+        keys, values = store_k[: self.active, :, : self._top], store_v[: self.active, :, : self._top]
+        stacked = query.reshape(len(rows), keys.shape[1], -1, query.shape[-1])
+        scores = (stacked @ keys.transpose(-1, -2)).float() * scale
+        if (softcap := options.get("softcap")) is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        weights = torch.softmax(scores + self._mask, -1).to(values.dtype)
+        return (weights @ values).reshape(len(rows), 1, query.shape[1], -1)
