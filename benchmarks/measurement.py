@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from benchmarks.roofline import Group
 
-Side = Literal["ours", "trl", "matrix"]
+Side = Literal["ours", "trl", "matrix", "model"]
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A way to run TRL. weights: dtype of the weights (both compute in bf16 by autocast); checkpointing: of
-    activations; rows: sequences computed at a time, 0 for the whole batch.
+    """A way to run TRL.
+
+    weights: their dtype; both compute in bf16 by autocast. checkpointing: of activations. pieces: how many
+    micro-batches a step's batch is accumulated over. paged: generate by the continuous batching of `transformers`.
     """
 
     weights: Literal["fp32", "bf16"]
     checkpointing: bool = False
-    rows: int = 0
+    pieces: int = 1
     paged: bool = False
 
     def __str__(self) -> str:
         extra = [
             "checkpointing" if self.checkpointing else "",
-            f"{self.rows} rows at a time" if self.rows else "",
+            f"{self.pieces} micro-batches" if self.pieces > 1 else "",
             "continuous batching" if self.paged else "",
         ]
         return ", ".join([f"{self.weights} weights", *filter(None, extra)])
@@ -32,7 +35,10 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One measurement: `warmup` steps that are not timed, then `steps` that are."""
+    """One measurement: `warmup` steps that are not timed, then `steps` that are.
+
+    The side `matrix` measures matrix products, and `model` only sees to it that the model is there.
+    """
 
     side: Side
     model: str
@@ -41,15 +47,24 @@ class Task:
     steps: int = 1
     arm: Arm | None = None
 
+    @classmethod
+    def parse(cls, text: str) -> Task:
+        """The task that `json` wrote."""
+        found = json.loads(text)
+        return cls(**{**found, "arm": Arm(**found["arm"]) if found["arm"] else None})
+
+    @property
+    def json(self) -> str:
+        return json.dumps(asdict(self))
+
 
 @dataclass(slots=True)
 class Step:
-    """A finished optimizer step: when it ended (seconds of a monotonic clock), its loss, its sequences, its rewards."""
+    """A finished optimizer step: when it ended (seconds of a monotonic clock), its sequences, their rewards."""
 
     ended: float
-    loss: float
     groups: list[Group]
-    rewards: list[float] = field(default_factory=list)
+    rewards: list[float]
 
 
 @dataclass(slots=True)

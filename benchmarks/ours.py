@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from torch import nn
 
@@ -40,22 +41,27 @@ class Stopwatch(Tracker):
     def __init__(self) -> None:
         super().__init__(None, 0, "", 0, show=False)
         self.done: list[Step] = []
+        self.losses: list[float] = []
 
     def step(self, step: int, seconds: float, metrics: dict[str, float], groups: Sequence[Group]) -> None:
-        shapes = [(g.trajectories[0].prompt_length, [t.length - t.prompt_length for t in g.trajectories]) for g in groups]
-        rewards = [t.reward for g in groups for t in g.trajectories]
-        self.done.append(Step(time.perf_counter(), metrics["loss"], shapes, rewards if "reward" in metrics else []))
+        ended = time.perf_counter()
+        prompts = [g.trajectories[0].prompt_length for g in groups]
+        parts = [[t.length - p for t in g.trajectories] for p, g in zip(prompts, groups, strict=True)]
+        rewards = [t.reward for g in groups for t in g.trajectories] if "reward" in metrics else []
+        self.done.append(Step(ended, list(zip(prompts, parts, strict=True)), rewards))
+        self.losses.append(metrics["loss"])
 
 
-def run(case: Case, steps: int, model: str) -> tuple[list[Step], dict[str, object]]:
-    """Train `steps` steps; returns them, and what to know about the model."""
+def run(case: Case, steps: int, model: str) -> tuple[list[Step], float, dict[str, object]]:
+    """Train `steps` steps; returns them, the loss of the first, and what to know about the model."""
     policy = load(model)
     method = _method(case).with_settings(
         batch=case.batch, steps=steps, learning_rate=case.learning_rate, schedule="constant", warmup=0.0
     )
     watch = Stopwatch()
     Trainer(policy, method, _source(case, method, policy, steps), tracker=watch).run()
-    return watch.done, {"precision": str(policy.dtype).removeprefix("torch."), "size": size_of(policy)}
+    about: dict[str, object] = {"precision": str(policy.dtype).removeprefix("torch."), "size": asdict(size_of(policy))}
+    return watch.done, watch.losses[0], about
 
 
 def _method(case: Case) -> Method:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from posttrain.evaluate.evaluate import evaluate as evaluate_engine
 from posttrain.evaluate.evaluation import Evaluation
@@ -13,8 +16,18 @@ from posttrain.evaluate.tasks import task_from
 from posttrain.methods.registry import find
 from posttrain.models.causal import CausalPolicy
 from posttrain.models.load import load
-from posttrain.recipe import DataSpec, EvaluateSpec, ModelSpec, Recipe, StageSpec, check, seconds
-from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.recipe import (
+    DataSpec,
+    EvaluateSpec,
+    ModelSpec,
+    Recipe,
+    StageSpec,
+    Where,
+    check,
+    checked,
+    checked_settings,
+)
+from posttrain.rollout.engine_choice import engine_for
 from posttrain.run import Run, execute
 from posttrain.train.method import Method, Pipeline, stages_of
 from posttrain.train.scoring import sequence_scores
@@ -52,24 +65,29 @@ def train(
     Returns:
         the run: `run.model`, `run.before`, `run.after`, `run.report`, `run.folder`.
     """
+    if resume and folder is None:
+        raise PosttrainError("train: resume needs the folder of the run to go on with")
+    where = Where("train")
+    if budget is not None:
+        settings["budget"] = budget
+    changed = checked_settings(settings, (), where)
+    rows = None
+    if data is not None:
+        rows = checked(DataSpec, data if isinstance(data, Mapping) else {"source": _source(data)}, ("data",), where)
     stages = []
     for stage in stages_of(find(method).function() if isinstance(method, str) else method):
-        if budget is not None:
-            settings["budget"] = seconds(budget)
-        try:
-            chosen = stage.with_settings(**settings)
-        except TypeError as error:
-            raise PosttrainError(f"unknown setting: {error}") from None
-        rows = None
-        if data is not None and not (chosen.online and task is not None):
-            rows = DataSpec(**data) if isinstance(data, dict) else DataSpec(source=_source(data))
-        stages.append(StageSpec(chosen, rows, reward))
+        # a task gives online stages their prompts, whatever rows the others learn from
+        own = None if stage.online and task is not None else rows
+        stages.append(StageSpec(stage.with_settings(**changed), own, reward if stage.online else None))
+    if reward is not None and not any(stage.method.online for stage in stages):
+        raise PosttrainError("train: a reward was given and no stage samples completions; give a method such as grpo")
     recipe = Recipe(
-        ModelSpec(id=model.name if isinstance(model, CausalPolicy) else str(model)),
+        _model_spec(model),
         tuple(stages),
-        task_from(task) if task is not None else None,
-        EvaluateSpec(**(evaluate or {})),
+        str(task) if isinstance(task, Path) else task,
+        checked(EvaluateSpec, evaluate or {}, ("evaluate",), where),
         seed,
+        where=where,
     )
     check(recipe)
     return execute(
@@ -105,7 +123,7 @@ def evaluate(
     if temperature is not None:
         sampling = replace(sampling, temperature=temperature)
     return evaluate_engine(
-        EmbeddedEngine(policy),
+        engine_for(policy),
         policy.tokenizer,
         task,
         samples=samples,
@@ -119,3 +137,15 @@ def evaluate(
 
 def _source(data: Any) -> Any:
     return str(data) if isinstance(data, str | Path) else list(data)
+
+
+def _model_spec(model: str | Path | CausalPolicy) -> ModelSpec:
+    """A loaded model is loaded again in its own precision, should the run be resumed."""
+    if not isinstance(model, CausalPolicy):
+        return ModelSpec(id=str(model))
+    if model.adapted:
+        raise PosttrainError(f"{model.name} has an adapter already; merge it first (model.merged())")
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(model.dtype)
+    if precision is None:
+        raise PosttrainError(f"{model.name} is in {model.dtype}; training computes in bf16 or fp32: load it so")
+    return ModelSpec.model_validate({"id": model.name, "precision": precision, "device": str(model.device)})

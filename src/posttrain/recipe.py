@@ -11,21 +11,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
+from posttrain.data.formats import parse
+from posttrain.data.rows import BadRow
+from posttrain.data.sources import EXTENSIONS, read_rows
+from posttrain.evaluate.task import Task
+from posttrain.evaluate.tasks import task_from
 from posttrain.methods.registry import Entry, find
+from posttrain.objective.advantage import DecoupledGroupNormalised, GroupNormalised, LeaveOneOut
+from posttrain.recipe_text import Place, RecipeError, Where, override, read_yaml
+from posttrain.reward.reward import reward_from
 from posttrain.train.method import Method
 from posttrain.train.settings import NAMES, Settings
 from posttrain.trajectory import PosttrainError
 
-Place = tuple[str | int, ...]  # path of keys and indices inside a recipe
-
-
-class RecipeError(PosttrainError):
-    """A mistake in a recipe; the message starts with `file:line`."""
+Count = Annotated[int, Field(strict=True, ge=1)]
+Amount = Annotated[float, Field(strict=True, ge=0)]
 
 
 class ModelSpec(BaseModel):
@@ -35,7 +40,7 @@ class ModelSpec(BaseModel):
     id: str
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: str | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: StrictBool = False
     revision: str | None = None
 
 
@@ -47,23 +52,23 @@ class DataSpec(BaseModel):
     kind: Literal["demonstrations", "preferences", "feedback", "prompts"] | None = None
     columns: dict[str, str] = {}
     system: str | None = None
-    chat: bool = True
-    max_length: int | None = None
+    chat: StrictBool = True
+    max_length: Count | None = None
     on_bad: Literal["stop", "skip"] = "stop"
     split: str = "train"
-    heldout: float = 0.0
+    heldout: Amount = 0.0
 
 
 class EvaluateSpec(BaseModel):
     """evaluate: `samples` completions on `holdout` held-out prompts before and after (greedy with one sample)."""
 
     model_config = ConfigDict(extra="forbid")
-    samples: int = 1
-    holdout: int | None = None
-    max_tokens: int = 128
-    temperature: float | None = None
-    k: list[int] = [1]
-    before: bool = True
+    samples: Count = 1
+    holdout: Count | None = None
+    max_tokens: Count = 128
+    temperature: Amount | None = None
+    k: list[Count] = [1]
+    before: StrictBool = True
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. task: the mapping that `task_from` takes, or a `Task`; output: the run folder."""
+    """A checked recipe. task: what `task_from` takes; output: the run folder; where: its places, for messages."""
 
     model: ModelSpec
     stages: tuple[StageSpec, ...]
@@ -86,14 +91,24 @@ class Recipe:
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
     seed: int = 0
     output: Path | None = None
+    where: Where = field(default_factory=Where, compare=False, repr=False)
+
+    def built_task(self) -> Task | None:
+        """The task, built (problems are generated or read now); a mistake in it names its line."""
+        if self.task is None:
+            return None
+        try:
+            return task_from(self.task)
+        except PosttrainError as error:
+            options = self.task if isinstance(self.task, Mapping) else {}
+            raise self.where.error(("task", *_named_in(error, options)), str(error)) from None
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out; as YAML it runs the same."""
         stages = []
         for stage in self.stages:
-            body: dict[str, Any] = {k: v for k, v in stage.method.arguments.items() if v is not None}
-            body |= {k: list(v) if isinstance(v, tuple) else v for k, v in stage.method.settings.as_dict().items()}
-            body = {k: v for k, v in body.items() if v is not None}
+            chosen = {**stage.method.arguments, **stage.method.settings.as_dict()}
+            body: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
             if stage.data is not None:
                 body["data"] = stage.data.model_dump(exclude_none=True)
             if stage.reward is not None:
@@ -113,8 +128,11 @@ KEYS = ("model", "task", "stages", "evaluate", "seed", "output")
 STAGE_KEYS = ("data", "reward")
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and check a recipe file."""
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe file.
+
+    overrides: values put in place of the file's, each as `path.of.keys=YAML` (see `override`).
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -123,50 +141,7 @@ def load_recipe(path: str | Path) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
     values, lines = read_yaml(text, str(path))
-    return parse_recipe(values, Where(str(path), lines))
-
-
-@dataclass(frozen=True)
-class Where:
-    """Turns a place inside a recipe into `file:line`."""
-
-    name: str = "recipe"
-    lines: Mapping[Place, int] = field(default_factory=dict)
-
-    def error(self, place: Place, message: str) -> RecipeError:
-        line = next((self.lines[place[:n]] for n in range(len(place), -1, -1) if place[:n] in self.lines), None)
-        return RecipeError(f"{self.name}:{line}: {message}" if line is not None else f"{self.name}: {message}")
-
-
-def read_yaml(text: str, name: str) -> tuple[Any, dict[Place, int]]:
-    """The values of a YAML text, and the line (from 1) of every key and item."""
-    lines: dict[Place, int] = {}
-
-    def walk(node: yaml.Node, place: Place) -> None:
-        lines.setdefault(place, node.start_mark.line + 1)
-        if isinstance(node, yaml.MappingNode):
-            seen: set[str] = set()
-            for key, value in node.value:
-                inner = (*place, str(key.value))
-                lines[inner] = key.start_mark.line + 1
-                if key.value in seen:
-                    raise RecipeError(f"{name}:{lines[inner]}: {key.value} is given twice")
-                seen.add(key.value)
-                walk(value, inner)
-        elif isinstance(node, yaml.SequenceNode):
-            for i, item in enumerate(node.value):
-                walk(item, (*place, i))
-
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is not None:
-            walk(root, ())
-        return yaml.safe_load(text), lines
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{name}:{line}: broken YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: broken YAML: {error}") from error
+    return parse_recipe(*override(values, overrides, Where(str(path), lines)))
 
 
 def parse_recipe(values: Any, where: Where | None = None) -> Recipe:
@@ -177,39 +152,108 @@ def parse_recipe(values: Any, where: Where | None = None) -> Recipe:
     _known(values, KEYS, (), where)
     if "model" not in values:
         raise where.error((), "model is missing; expected a bundled name, folder, GGUF file or hub id")
+    if "stages" not in values:
+        raise where.error((), "stages is missing; expected a list such as [sft: {epochs: 1}]")
     model = values["model"]
-    spec = _checked(ModelSpec, {"id": model} if isinstance(model, str) else model, ("model",), where)
-    stages = values.get("stages")
+    spec = checked(ModelSpec, {"id": model} if isinstance(model, str) else model, ("model",), where)
+    stages = values["stages"]
     if not isinstance(stages, Sequence) or isinstance(stages, str) or not stages:
         raise where.error(("stages",), f"stages is {stages!r}; expected a list such as [sft: {{epochs: 1}}]")
     parsed = tuple(_stage(stage, ("stages", i), where) for i, stage in enumerate(stages))
     seed, output = values.get("seed", 0), values.get("output")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise where.error(("seed",), f"seed is {seed!r}; expected a whole number from 0")
-    evaluate = _checked(EvaluateSpec, values.get("evaluate") or {}, ("evaluate",), where)
-    recipe = Recipe(spec, parsed, values.get("task"), evaluate, seed, Path(output) if output else None)
-    check(recipe, where)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 32:
+        raise where.error(("seed",), f"seed is {seed!r}; expected a whole number from 0 to {(1 << 32) - 1}")
+    if not isinstance(output, str | Path | None) or output == "":
+        raise where.error(("output",), f"output is {output!r}; expected a folder that does not exist yet")
+    given = values.get("evaluate")
+    evaluate = checked(EvaluateSpec, {} if given is None else given, ("evaluate",), where)
+    task = values.get("task")
+    if not isinstance(task, str | Mapping | Task | None):
+        raise where.error(("task",), f"task is {task!r}; expected a name, a file or a mapping")
+    recipe = Recipe(spec, parsed, task, evaluate, seed, Path(output) if output else None, where)
+    check(recipe)
     return recipe
 
 
-def check(recipe: Recipe, where: Where | None = None) -> None:
-    """What only shows when the parts are seen together: every stage has something to train on."""
-    where = where or Where()
+def check(recipe: Recipe) -> None:
+    """What only shows when the parts are seen together, so that a late stage cannot fail on what was wrong before."""
+    where = recipe.where
+    _check_device(recipe.model.device, where)
+    spec = recipe.evaluate
+    if max(spec.k, default=1) > spec.samples:
+        raise where.error(("evaluate", "k"), f"pass@{max(spec.k)} needs samples: {max(spec.k)}; got {spec.samples}")
+    if spec.samples > 1 and spec.temperature == 0:
+        raise where.error(("evaluate", "temperature"), f"{spec.samples} samples at temperature 0 are all the same")
     for i, stage in enumerate(recipe.stages):
         name, needs = stage.method.name, stage.method.data
+        place: Place = ("stages", i, name)
         if stage.data is None and needs in ("preferences", "feedback"):
             raise where.error(("stages", i), f"{name} learns from {needs}; give the stage data: FILE")
         if stage.data is None and recipe.task is None:
             raise where.error(("stages", i), f"{name} has nothing to train on; give a task, or the stage data: FILE")
         if needs == "prompts" and stage.reward is None and recipe.task is None:
             raise where.error(("stages", i), f"{name} needs a reward; give a task, or the stage reward: NAME")
+        if stage.method.online and stage.method.settings.group < 2 and _compares_group(stage.method):
+            raise where.error(
+                (*place, "group"), f"{name} compares completions of a prompt; group is 1, expected 2 or more"
+            )
+        try:
+            if stage.reward is not None:
+                reward_from(stage.reward)
+        except PosttrainError as error:
+            raise where.error((*place, "reward"), str(error)) from None
+        if stage.data is not None:
+            _peek(stage.data, stage.method, (*place, "data"), where)
+
+
+def _check_device(device: str | None, where: Where) -> None:
+    if device is None:
+        return
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise where.error(("model", "device"), f"device is {device!r}; expected such as cpu, cuda or cuda:1") from None
+    there = torch.cuda.device_count()
+    if place.type == "cuda" and (place.index or 0) >= there:
+        raise where.error(("model", "device"), f"device is {device!r}; this machine has {there} CUDA devices; set cpu")
+
+
+def _compares_group(method: Method) -> bool:
+    """Whether a completion's credit comes from the other completions of its prompt."""
+    advantage = method.objective.advantage
+    relative = isinstance(advantage, GroupNormalised | DecoupledGroupNormalised | LeaveOneOut)
+    return relative or getattr(advantage, "baseline", None) == "group"
+
+
+def _peek(data: DataSpec, method: Method, place: Place, where: Where) -> None:
+    """A file is there and its first row is of the kind that the method learns from."""
+    if data.kind not in (None, method.data):
+        raise where.error((*place, "kind"), f"{method.name} learns from {method.data}; kind is {data.kind}")
+    if isinstance(data.source, str) and not _is_file(data.source):
+        return  # a hub id or a saved data set: read when the stage begins
+    try:
+        row = next(iter(read_rows(data.source, split=data.split)))
+        if data.on_bad == "stop":
+            if row.error is not None:
+                raise row.error
+            parse(row.values, method.data, data.columns)
+    except BadRow as error:
+        raise where.error(place, str(error if error.origin is not None else error.at(row.origin))) from None
+    except PosttrainError as error:
+        raise where.error(place, str(error)) from None
+
+
+def _is_file(source: str) -> bool:
+    path = Path(source).expanduser()
+    return path.is_file() or path.name.lower().removesuffix(".gz").endswith(EXTENSIONS)
 
 
 def _stage(value: Any, place: Place, where: Where) -> StageSpec:
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:
-        raise where.error(place, f"got {value!r}; expected one method with its settings, as in grpo: {{steps: 60}}")
+        got = ", ".join(map(str, value)) if isinstance(value, Mapping) and value else repr(value)
+        raise where.error(place, f"got {got}; expected one method with its settings, as in grpo: {{steps: 60}}")
     ((name, body),) = value.items()
     place = (*place, str(name))
     try:
@@ -227,30 +271,41 @@ def stage_of(entry: Entry, given: dict[str, Any], place: Place = (), where: Wher
     _known(given, (*entry.parameters, *NAMES, *STAGE_KEYS), place, where)
     hints = get_type_hints(inspect.unwrap(entry.function))
     arguments = {k: _typed(hints.get(k, Any), v, (*place, k), where) for k, v in given.items() if k in entry.parameters}
-    setting_hints = get_type_hints(Settings)
-    settings = {}
-    for key, value in given.items():
-        if key in NAMES and key not in entry.parameters:
-            value = seconds(value, (*place, key), where) if key == "budget" else value
-            settings[key] = _typed(setting_hints[key], value, (*place, key), where)
+    own = {k: v for k, v in given.items() if k in NAMES and k not in entry.parameters}
+    settings = checked_settings(own, place, where)
     data = given.get("data")
     if data is not None:
-        data = _checked(DataSpec, data if isinstance(data, Mapping) else {"source": data}, (*place, "data"), where)
+        data = checked(DataSpec, data if isinstance(data, Mapping) else {"source": data}, (*place, "data"), where)
     try:
         method = entry.function(**arguments).with_settings(**settings)
     except (PosttrainError, ValueError) as error:
-        bad = next((k for k in given if re.search(rf"\b{k}\b", str(error))), None)
-        raise where.error((*place, bad) if bad else place, str(error)) from None
+        raise where.error((*place, *_named_in(error, given)), str(error)) from None
+    if given.get("reward") is not None and not method.online:
+        raise where.error((*place, "reward"), f"{entry.name} learns from {method.data} and takes no reward")
     if settings.get("epochs") is not None and "steps" not in settings:
         method = replace(method, settings=replace(method.settings, steps=None))
     return StageSpec(method, data, given.get("reward"), given)
+
+
+def _named_in(error: Exception, given: Mapping[Any, Any]) -> Place:
+    """The key among `given` that an error speaks of, as the end of a place; nothing where it speaks of none."""
+    return next(((str(k),) for k in given if re.search(rf"\b{re.escape(str(k))}\b", str(error))), ())
+
+
+def checked_settings(given: Mapping[str, Any], place: Place = (), where: Where | None = None) -> dict[str, Any]:
+    """Settings of a stage with their types checked; a budget may be text."""
+    where = where or Where()
+    _known(given, NAMES, place, where)
+    hints = get_type_hints(Settings)
+    values = {k: seconds(v, (*place, k), where) if k == "budget" and v is not None else v for k, v in given.items()}
+    return {k: _typed(hints[k], v, (*place, k), where) for k, v in values.items()}
 
 
 def seconds(value: Any, place: Place = (), where: Where | None = None) -> float:
     """A duration: seconds as a number, or text such as 90s, 10m, 1.5h."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([smh]?)\s*", str(value))
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)\s*", str(value))
     if not found:
         raise (where or Where()).error(place, f"budget is {value!r}; expected a duration such as 90s, 10m or 1h")
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
@@ -265,14 +320,16 @@ def _known(given: Mapping[Any, Any], known: Sequence[str], place: Place, where: 
 
 
 def _typed(hint: Any, value: Any, place: Place, where: Where) -> Any:
+    """The value, which must already be of the type (a whole number will do for a fraction, a list for a tuple)."""
+    if isinstance(value, list) and any(get_origin(kind) is tuple for kind in (hint, *get_args(hint))):
+        value = tuple(value)
     try:
-        return TypeAdapter(hint).validate_python(value)
+        return TypeAdapter(hint).validate_python(value, strict=True)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise where.error(place, f"{place[-1]} is {value!r}; {reason[0].lower()}{reason[1:]}") from None
+        raise where.error(place, f"{place[-1]} is {value!r}; {_reason(error)}") from None
 
 
-def _checked(kind: type[Any], value: Any, place: Place, where: Where) -> Any:
+def checked(kind: type[Any], value: Any, place: Place, where: Where) -> Any:
     if not isinstance(value, Mapping):
         raise where.error(place, f"{place[-1]} is {value!r}; expected a mapping with {', '.join(kind.model_fields)}")
     _known(value, tuple(kind.model_fields), place, where)
@@ -280,6 +337,18 @@ def _checked(kind: type[Any], value: Any, place: Place, where: Where) -> Any:
         return kind(**value)
     except ValidationError as error:
         first = error.errors()[0]
-        inner = (*place, *first["loc"])
-        reason = f"{first['msg'][0].lower()}{first['msg'][1:]}"
-        raise where.error(inner, f"{inner[-1]} is {first.get('input')!r}; {reason}") from None
+        if first["type"] == "missing":
+            raise where.error(place, f"{first['loc'][-1]} is missing in {place[-1]}") from None
+        inner, found = [], value
+        for key in first["loc"]:  # which also names the members of a union: those are no keys
+            if not (key in found if isinstance(found, Mapping) else isinstance(found, list) and isinstance(key, int)):
+                break
+            inner.append(key)
+            found = found[key]
+        name = ".".join(map(str, inner)) or str(place[-1])
+        raise where.error((*place, *inner), f"{name} is {found!r}; {_reason(error)}") from None
+
+
+def _reason(error: ValidationError) -> str:
+    message = str(error.errors()[0]["msg"])
+    return message[0].lower() + message[1:]

@@ -1,47 +1,46 @@
-"""A run: model, stages, evaluations before and after, and the folder that holds all of it.
+"""A run: model, stages, evaluations before and after, carried out in a folder that holds all of it.
 
-The folder is the run's memory. Killed at any moment and run again with `resume`, it goes on from the newest checkpoint
-and ends in the same weights as a run that was never killed.
+Killed at any moment and run again with `resume`, it goes on from the newest checkpoint and ends in the same weights as
+a run that was never killed.
 """
 
 from __future__ import annotations
 
-import json
+import copy
+import errno
+import shlex
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-import torch
-import yaml
 
 from posttrain.data.dataset import Dataset, load_dataset
 from posttrain.evaluate.evaluate import evaluate
 from posttrain.evaluate.evaluation import Evaluation, compare
 from posttrain.evaluate.task import Task
-from posttrain.evaluate.tasks import task_from
 from posttrain.models.adapters import add_lora
 from posttrain.models.causal import CausalPolicy
 from posttrain.models.load import load
 from posttrain.recipe import Recipe, StageSpec
 from posttrain.report import build
 from posttrain.reward.reward import reward_from
-from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.train.checkpoint import write_text
+from posttrain.rollout.engine import Progress
+from posttrain.rollout.engine_choice import engine_for
+from posttrain.run_folder import FAILED, RunFolder, now
+from posttrain.terminal import Counter, printable
 from posttrain.train.collect import Offline, Online, Source
 from posttrain.train.loop import Trainer
 from posttrain.train.scoring import heldout_loss, sequence_scores
-from posttrain.train.track import SAMPLES, Tracker, sample_row
-from posttrain.trajectory import Group, PosttrainError, Prompt, Sampling
+from posttrain.train.track import Tracker
+from posttrain.trajectory import Group, PosttrainError, Prompt
 
 Say = Callable[[str], None]
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Interrupted(PosttrainError):
@@ -67,18 +66,6 @@ class Run:
         return f"held-out accuracy: {self.before.accuracy} -> {self.after.accuracy} (n={self.after.n})"
 
 
-@dataclass
-class _State:
-    """`run.json`: what the report shows and what resuming needs."""
-
-    path: Path
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def save(self, **changes: Any) -> None:
-        self.values |= changes
-        write_text(self.path, json.dumps(self.values, indent=1))
-
-
 def execute(
     recipe: Recipe,
     *,
@@ -92,105 +79,111 @@ def execute(
 
     Args:
         folder: the run folder; by default the recipe's `output`, else a new one under `runs/`.
-        resume: go on with the run in `folder` where it stopped (or return it if it is finished).
+        resume: go on with the run in `folder` where it stopped (or return it if it is finished); a folder that does
+            not exist yet is begun.
         show: progress on standard error.
-        policy: a model that is already loaded, in place of the recipe's.
+        policy: a model that is already loaded, in place of the recipe's; to resume, as it was at the run's start.
     Raises:
         PosttrainError: anything a user can mend; Interrupted after Ctrl-C.
     """
-    folder = folder or recipe.output or _fresh_folder(recipe)
-    say: Say = (lambda text: print(text, file=sys.stderr, flush=True)) if show else (lambda text: None)
-    task = task_from(recipe.task) if recipe.task is not None else None
-    state = _open(folder, recipe, resume, command, task)
+    where = folder or recipe.output or _fresh_folder(recipe)
+    say: Say = (lambda text: print(printable(text), file=sys.stderr, flush=True)) if show else (lambda text: None)
+    task = recipe.built_task()
+    with _room(where):
+        memory = RunFolder.open(where, recipe, resume=resume, command=command, task=task)
+        with memory.locked():
+            try:
+                with _stop_on_signal(say) as stop:
+                    return _Execution(recipe, memory, task, say, show, stop).all(policy)
+            except (Interrupted, KeyboardInterrupt) as error:
+                with suppress(OSError):  # on a full disk, too, the user is told how to go on
+                    memory.save(status="interrupted")
+                    build(where)
+                if isinstance(error, Interrupted):
+                    raise
+                raise Interrupted(f"stopped; what is finished is kept; {_how_to_go_on(where)}") from None
+            except BaseException as error:
+                with suppress(OSError):  # on a full disk the error itself is what the user must see
+                    memory.save(status="failed")
+                    memory.note(f"{FAILED}{str(error) or type(error).__name__}")
+                    if not resume:
+                        memory.discard_if_empty()
+                raise
+
+
+@contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """A full or read-only disk is an error that the user can mend."""
     try:
-        with _stop_on_signal(say) as stop:
-            return _Execution(recipe, folder, state, task, say, show, stop).all(policy)
-    except Interrupted:
-        state.save(status="interrupted")
-        build(folder)
-        raise
-    except BaseException as error:
-        state.save(status="failed", notes=[*state.values["notes"], f"failed: {error}"])
-        raise
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise PosttrainError(f"cannot write to {folder}: {error}; free some space and resume") from error
+
+
+def _how_to_go_on(folder: Path) -> str:
+    return f"go on with: posttrain run --resume {shlex.quote(str(folder))}"
 
 
 def _fresh_folder(recipe: Recipe) -> Path:
     name = "-".join(stage.method.name for stage in recipe.stages)
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{name}-{stamp}"
+    name += datetime.now().strftime("-%Y%m%d-%H%M%S")
+    taken = (Path("runs") / f"{name}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(path for path in taken if not path.exists())
 
 
-def _open(folder: Path, recipe: Recipe, resume: bool, command: str | None, task: Task | None) -> _State:
-    """Make the run folder, or open the one to resume."""
-    state = _State(folder / "run.json")
-    if state.path.is_file():
-        if not resume:
-            raise PosttrainError(
-                f"{folder} holds a run already; resume it (posttrain run --resume {folder}) or choose another output"
-            )
-        state.values = json.loads(state.path.read_text())
-        kept = yaml.safe_load((folder / "recipe.yaml").read_text())
-        if kept != _plain(recipe.resolved()):
-            raise PosttrainError(f"{folder} was started with another recipe than the one given; resume it without one")
-        return state
-    if folder.exists() and any(folder.iterdir()):
-        raise PosttrainError(f"{folder} exists and is no run; choose an output that does not exist yet")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "recipe.yaml", yaml.safe_dump(_plain(recipe.resolved()), sort_keys=False, allow_unicode=True))
-    state.save(
-        name=folder.name,
-        created=_now(),
-        finished=None,
-        status="running",
-        seed=recipe.seed,
-        command=command or "posttrain.train",
-        model=recipe.model.id,
-        task=task.name if task is not None else None,
-        device=recipe.model.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        versions={p: version(p) for p in ("posttrain", "torch", "transformers", "peft", "datasets")},
-        stages=[
-            {"index": i, "name": s.method.name, "method": s.method.name,
-             "kind": "online" if s.method.online else "offline", "steps": s.method.settings.steps}
-            for i, s in enumerate(recipe.stages)
-        ],
-        notes=[],
-    )  # fmt: skip
-    return state
+def resume_run(folder: str | Path, *, show: bool = True) -> Run:
+    """Go on with the run in a folder, by the recipe that is kept there."""
+    from posttrain.recipe import load_recipe
+
+    folder = Path(folder)
+    if not (folder / "run.json").is_file():
+        raise PosttrainError(f"{folder} is not a run folder: no run.json in it; give the folder that a run wrote")
+    held = RunFolder.read(folder).values["only_in_python"]
+    if held:
+        raise PosttrainError(
+            f"{folder} was started from Python with what its recipe.yaml cannot hold ({', '.join(held)}); "
+            f"resume it there: train(..., folder={str(folder)!r}, resume=True)"
+        )
+    return execute(load_recipe(folder / "recipe.yaml"), folder=folder, resume=True, show=show)
 
 
 class _Execution:
     """The stages of a run, one after the other."""
 
-    def __init__(
-        self, recipe: Recipe, folder: Path, state: _State, task: Task | None, say: Say, show: bool,
-        stop: Callable[[], bool],
-    ) -> None:  # fmt: skip
-        self.recipe, self.folder, self.state, self.task = recipe, folder, state, task
+    def __init__(self, recipe: Recipe, memory: RunFolder, task: Task | None, say: Say, show: bool, stop: _Stop) -> None:
+        self.recipe, self.memory, self.task = recipe, memory, task
         self.say, self.show, self.stop = say, show, stop
 
     def all(self, policy: CausalPolicy | None) -> Run:
         last = len(self.recipe.stages) - 1
-        final = self.folder / "model"
-        done = last if final.is_dir() else max((i for i in range(last) if self._stage_model(i).is_dir()), default=-1)
-        policy = self._policy(done, final, policy)
-        if done < 0:
-            self._evaluate(policy, -1, "before", self.recipe.evaluate.before)
-        for i in range(done + 1, last + 1):
-            policy = self._stage(i, policy)
-            self._save_model(policy, final if i == last else self._stage_model(i))
-            shutil.rmtree(self._stage_folder(i) / "checkpoints", ignore_errors=True)
-            self._evaluate(policy, i, f"after {self.recipe.stages[i].method.name}", True)
-        self._evaluate(policy, last, f"after {self.recipe.stages[last].method.name}", True)
-        before, after = self._load_evaluation(-1), self._load_evaluation(last)
-        self._compare(before, after)
-        if self.state.values["finished"] is None:
-            self.state.save(finished=_now())
-        self.state.save(status="finished")
-        return Run(self.folder, policy, build(self.folder), before, after)
+        done = self.memory.stages_done()
+        policy = self._policy(done, policy)
+        if self.task is not None and not self.task.multiple_choice and done < last:
+            prompts = self.task.prompts(policy.tokenizer, "heldout", self.recipe.evaluate.holdout)
+            _check_lengths("held-out problems", [len(p.tokens) + 1 for p in prompts], policy.max_length)
+        if done < 0 and self.recipe.evaluate.before:
+            self._evaluate(policy, -1, "before")
+        for i in range(last + 1):
+            if i > done:
+                with self.stop.patiently():
+                    policy = self._stage(i, policy)
+                    self.memory.save_model(policy, i)
+                if self.stop():
+                    name = self.recipe.stages[i].method.name
+                    raise Interrupted(f"stopped after {name}, which is finished; {_how_to_go_on(self.memory.path)}")
+            shutil.rmtree(self.memory.stage(i) / "checkpoints", ignore_errors=True)
+            if i >= done:
+                self._evaluate(policy, i, f"after {self.recipe.stages[i].method.name}")
+        before, after = self.memory.evaluation(-1), self.memory.evaluation(last)
+        if self.memory.values["status"] != "finished":
+            if before is not None and after is not None:
+                self.memory.add_comparison(compare(before, after))
+            self.memory.save(status="finished", finished=now())
+        return Run(self.memory.path, policy, build(self.memory.path), before, after)
 
-    # -- models ------------------------------------------------------------------------------------------------------
-
-    def _policy(self, done: int, final: Path, given: CausalPolicy | None) -> CausalPolicy:
+    def _policy(self, done: int, given: CausalPolicy | None) -> CausalPolicy:
         """The policy as the last finished stage left it."""
         spec = self.recipe.model
         if done < 0:
@@ -198,74 +191,67 @@ class _Execution:
                 return given
             self.say(f"loading {spec.id}")
             return load(**{("model" if k == "id" else k): v for k, v in spec.model_dump().items()})
-        where = final if final.is_dir() else self._stage_model(done)
+        where = self.memory.stage_model(done)
         found = load(where, precision=spec.precision, device=spec.device, trust_remote_code=spec.trust_remote_code)
         found.name = spec.id
         return found
 
-    def _stage_folder(self, i: int) -> Path:
-        return self.folder / "stages" / f"{i}-{self.recipe.stages[i].method.name}"
-
-    def _stage_model(self, i: int) -> Path:
-        return self._stage_folder(i) / "model"
-
-    def _save_model(self, policy: CausalPolicy, target: Path) -> None:
-        """Save under another name, then rename: a model folder that exists is complete."""
-        scratch = target.with_name(f".{target.name}-writing")
-        shutil.rmtree(scratch, ignore_errors=True)
-        try:
-            policy.save(scratch)
-        except OSError as error:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise PosttrainError(f"cannot save the model to {target}: {error}; free some space and resume") from error
-        scratch.rename(target)
-
     # -- stages ------------------------------------------------------------------------------------------------------
 
     def _stage(self, i: int, policy: CausalPolicy) -> CausalPolicy:
-        """Train one stage; adapters are merged at its end."""
-        stage = self.recipe.stages[i]
-        settings = stage.method.settings
-        torch.manual_seed(self.recipe.seed * 1_000 + i)
-        if settings.lora:
-            policy = add_lora(policy, rank=settings.lora, seed=self.recipe.seed)
-        else:
+        """Train one stage; an adapter is merged at its end, and taken off where the stage does not reach it."""
+        from transformers import set_seed
+
+        settings = self.recipe.stages[i].method.settings
+        set_seed(
+            (self.recipe.seed * 1_000 + i) % (1 << 32)
+        )  # of torch, numpy and Python: user-written rewards may draw from any
+        if not settings.lora:
             policy.model.requires_grad_(True)
+            self._train(i, policy)
+            return policy
+        adapted = add_lora(policy, rank=settings.lora, seed=self.recipe.seed)
+        try:
+            self._train(i, adapted)
+        except BaseException:
+            adapted.model.unload()
+            raise
+        merged = CausalPolicy(adapted.model.merge_and_unload(), policy.tokenizer, policy.name)
+        merged._packs = adapted._packs
+        return merged
+
+    def _train(self, i: int, policy: CausalPolicy) -> None:
+        stage = self.recipe.stages[i]
+        name = stage.method.name
         source, heldout = self._source(i, stage, policy)
-        total = settings.total_steps(source.rows)
-        self.state.values["stages"][i]["steps"] = total
-        self.state.save()
-        tracker = Tracker(self.folder, i, stage.method.name, total, show=self.show)
-        with tracker:
+        total = stage.method.settings.total_steps(source.rows)
+        self.memory.values["stages"][i]["steps"] = total
+        self.memory.save()
+        with Tracker(self.memory.path, i, name, total, show=self.show, keep=self.memory.note) as tracker:
             trainer = Trainer(
                 policy,
                 stage.method,
                 source,
-                folder=self._stage_folder(i) / "checkpoints",
+                folder=self.memory.stage(i) / "checkpoints",
                 seed=self.recipe.seed,
                 tracker=tracker,
                 evaluator=self._evaluator(policy, stage, heldout),
                 stop=self.stop,
             )
-            before = heldout_loss(trainer, heldout) if heldout and trainer.progress.step == 0 else None
+            before = heldout_loss(trainer, heldout) if heldout else None
             outcome = trainer.run()
         if outcome.status == "interrupted":
             raise Interrupted(
-                f"stopped at step {outcome.progress.step} of {total} of {stage.method.name}; the checkpoint is kept: "
-                f"go on with: posttrain run --resume {self.folder}"
+                f"stopped at step {outcome.progress.step} of {total} of {name}; the checkpoint is kept; "
+                f"{_how_to_go_on(self.memory.path)}"
             )
-        notes = list(tracker.notes)
-        if heldout:
-            notes.append(f"{stage.method.name}: held-out loss {before:.4f} -> {heldout_loss(trainer, heldout):.4f}")
+        if before is not None:
+            self.memory.note(f"{name}: held-out loss {before:.4f} -> {heldout_loss(trainer, heldout):.4f}")
         if isinstance(source, Online) and any(source.reward.errors.values()):
-            failed = ", ".join(f"{name} {count}" for name, count in source.reward.errors.items() if count)
-            notes.append(f"{stage.method.name}: rewards that raised: {failed}; the first: {source.reward.first_error}")
-        self._note(*notes)
-        if not policy.adapted:
-            return policy
-        merged = CausalPolicy(policy.merged(), policy.tokenizer, policy.name)
-        merged._packs = policy._packs
-        return merged
+            failed = ", ".join(f"{part} {count}" for part, count in source.reward.errors.items() if count)
+            note = f"{name}: rewards that raised: {failed}; the first: {source.reward.first_error}"
+            self.memory.note(note)
+            self.say(note)
 
     def _source(self, i: int, stage: StageSpec, policy: CausalPolicy) -> tuple[Source, list[Group]]:
         """Where the stage's groups come from, and held-out rows of its data."""
@@ -273,6 +259,10 @@ class _Execution:
         rows, heldout = self._rows(stage, policy)
         if not rows:
             raise PosttrainError(f"{method.name}: no row to train on")
+        if len(rows) == 1 and settings.rows != 1:
+            raise PosttrainError(f"{method.name}: 1 row to train on; expected 2 or more (rows: 1 trains on it alone)")
+        lengths = [len(r.tokens) + 1 if isinstance(r, Prompt) else max(t.length for t in r.trajectories) for r in rows]
+        _check_lengths(f"{method.name}: training rows", lengths, policy.max_length)
         sampler = method.sampler(len(rows), self.recipe.seed + i)
         if not method.online:
             return Offline([r for r in rows if isinstance(r, Group)], sampler, settings), heldout
@@ -281,8 +271,9 @@ class _Execution:
             reward = reward_from(stage.reward)
         else:
             assert self.task is not None
-            reward = self.task.reward
-        engine = EmbeddedEngine(policy, rows=settings.rollout_rows)
+            reward = copy.copy(self.task.reward)  # to count the errors of training alone
+            reward.errors, reward.first_error = dict.fromkeys(reward.components, 0), None
+        engine = engine_for(policy, rows=settings.rollout_rows)
         return Online(prompts, sampler, settings, engine, reward, self.recipe.seed * 1_000 + i), heldout
 
     def _rows(self, stage: StageSpec, policy: CausalPolicy) -> tuple[list[Group | Prompt], list[Group]]:
@@ -298,12 +289,17 @@ class _Execution:
         data: Dataset = load_dataset(options.pop("source"), policy.tokenizer, limit=limit, **options)
         if data.kind != method.data:
             raise PosttrainError(f"{method.name} learns from {method.data}; {data.name} holds {data.kind}")
-        self._note(data.summary())
-        held = int(stage.data.heldout if stage.data.heldout >= 1 else stage.data.heldout * len(data))
+        self.memory.note(data.summary())
+        held = stage.data.heldout
+        count = int(held) if held >= 1 or not held else max(1, round(held * len(data)))
         items = list(data)
-        if held and method.online:
+        if count and method.online:
             raise PosttrainError(f"{method.name}: heldout applies to offline data; give a task to evaluate on")
-        return items[: len(items) - held], [g for g in items[len(items) - held :] if isinstance(g, Group)]
+        if count >= len(items):
+            raise PosttrainError(
+                f"{method.name}: heldout is {held:g} of {len(items)} rows; nothing is left to train on"
+            )
+        return items[: len(items) - count], [g for g in items[len(items) - count :] if isinstance(g, Group)]
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
@@ -317,122 +313,86 @@ class _Execution:
             return lambda trainer: {"heldout_loss": heldout_loss(trainer, heldout)}
         return None
 
-    def _measure(self, policy: CausalPolicy, limit: int | None, samples: int, show: bool = False) -> Evaluation:
+    def _measure(
+        self, policy: CausalPolicy, limit: int | None, samples: int, progress: Progress | None = None
+    ) -> Evaluation:
         assert self.task is not None
         spec = self.recipe.evaluate
         temperature = spec.temperature if spec.temperature is not None else (0.0 if samples == 1 else 1.0)
         return evaluate(
-            EmbeddedEngine(policy),
+            engine_for(policy),
             policy.tokenizer,
             self.task,
             samples=samples,
-            sampling=Sampling(spec.max_tokens, temperature),
+            sampling=replace(self.task.sampling, max_tokens=spec.max_tokens, temperature=temperature),
             limit=limit,
             ks=tuple(k for k in spec.k if k <= samples),
             seed=self.recipe.seed,
+            progress=progress,
             likelihood=lambda trajectories: sequence_scores(policy, trajectories),
         )
 
-    def _evaluate(self, policy: CausalPolicy, stage: int, label: str, wanted: bool) -> None:
+    def _evaluate(self, policy: CausalPolicy, stage: int, label: str) -> None:
         """Evaluate on the held-out prompts once, and write it down."""
-        file = self._evaluation_file(stage)
-        if self.task is None or not wanted or file.is_file():
+        if self.task is None or self.memory.evaluation(stage) is not None:
             return
         begun = time.perf_counter()
-        found = self._measure(policy, self.recipe.evaluate.holdout, self.recipe.evaluate.samples)
-        record = {
-            "label": label, "stage": stage, "step": 0, "task": self.task.name,
-            "accuracy": found.accuracy.value, "low": found.accuracy.low, "high": found.accuracy.high,
-            "n": found.n, "samples": found.samples, "length": found.mean_tokens,
-            "pass_at_k": {str(k): {"value": e.value, "low": e.low, "high": e.high}
-                          for k, e in found.pass_at_k.items() if k > 1},
-            "seconds": round(time.perf_counter() - begun, 2),
-        }  # fmt: skip
-        self._append("evaluations.jsonl", [record])
-        self._append(SAMPLES, _samples(found, stage, label))
-        file.parent.mkdir(exist_ok=True)
-        write_text(file, found.to_json())
-        self.say(f"{label}: {found.summary()} in {record['seconds']:.0f} s")
-
-    def _evaluation_file(self, stage: int) -> Path:
-        return self.folder / "evaluations" / ("before.json" if stage < 0 else f"{stage}.json")
-
-    def _load_evaluation(self, stage: int) -> Evaluation | None:
-        file = self._evaluation_file(stage)
-        return Evaluation.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-    def _compare(self, before: Evaluation | None, after: Evaluation | None) -> None:
-        if before is None or after is None or self.state.values["status"] == "finished":
-            return
-        paired = compare(before, after)
-        record = {"label": "comparison", "difference": paired.difference, "low": paired.low, "high": paired.high,
-                  "p": paired.pvalue, "n": paired.n}  # fmt: skip
-        self._append("evaluations.jsonl", [record])
-
-    # -- files -------------------------------------------------------------------------------------------------------
-
-    def _append(self, name: str, records: list[dict[str, Any]]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-
-    def _note(self, *notes: str) -> None:
-        fresh = [n for n in notes if n not in self.state.values["notes"]]
-        if fresh:
-            self.state.save(notes=[*self.state.values["notes"], *fresh])
+        spec = self.recipe.evaluate
+        with Counter(f"evaluation {label}", show=self.show) as progress:
+            found = self._measure(policy, spec.holdout, spec.samples, progress)
+        seconds = time.perf_counter() - begun
+        self.memory.add_evaluation(found, stage, label, seconds)
+        self.say(f"{label}: {found.summary()} in {seconds:.0f} s")
 
 
-def _samples(found: Evaluation, stage: int, label: str) -> list[dict[str, Any]]:
-    rows = []
-    for i in range(found.n):
-        group = Group([], Prompt(torch.empty(0), text=found.questions[i], answer=found.answers[i]))
-        for j in range(found.samples):
-            parts = {name: float(part[i, j]) for name, part in found.parts.items()}
-            finish = "stop" if found.stopped[i, j] else "length"
-            rows.append(
-                sample_row(max(stage, 0), label, 0 if stage < 0 else 1 << 30, "heldout", group,
-                           found.completions[i][j], float(found.values[i, j]), parts, finish)
-            )  # fmt: skip
-    return rows
+def _check_lengths(what: str, lengths: Sequence[int], context: int) -> None:
+    """Raise before any work is done where sequences do not fit the model."""
+    if long := [length for length in lengths if length > context]:
+        raise PosttrainError(
+            f"{what}: {len(long)} of {len(lengths)} exceed the model's context of {context} tokens "
+            f"(the longest needs {max(long)}); shorten them or take a model with a longer context"
+        )
+
+
+class _Stop:
+    """Whether a signal asked the run to stop.
+
+    While work goes on that would be lost, the first Ctrl-C (or TERM) only asks: the loop stops after its step, with a
+    checkpoint. At any other time, and the second time, it interrupts at once.
+    """
+
+    def __init__(self, say: Say) -> None:
+        self.say, self.asked, self.patient = say, False, False
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def signalled(self, number: int, frame: object) -> None:
+        if self.asked or not self.patient:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.say("stopping after this step, with a checkpoint (press Ctrl-C again to stop at once)")
+
+    @contextmanager
+    def patiently(self) -> Iterator[None]:
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
 
 
 @contextmanager
-def _stop_on_signal(say: Say) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C (or TERM) asks the loop to stop after its step; the second interrupts at once."""
-    asked = False
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        say("stopping after this step, with a checkpoint (press Ctrl-C again to stop at once)")
-
+def _stop_on_signal(say: Say) -> Iterator[_Stop]:
+    """A `_Stop` that listens; outside of the main thread signals belong to the caller, and it stays silent."""
+    stop = _Stop(say)
     try:
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals belong to the caller
-        yield lambda: False
+        before = {s: signal.signal(s, stop.signalled) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        yield stop
         return
     try:
-        yield lambda: asked
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _now() -> str:
-    return datetime.now(UTC).astimezone().isoformat(timespec="seconds")
-
-
-def _plain(value: Any) -> Any:
-    """What YAML gives back after writing: tuples as lists, paths as text."""
-    return yaml.safe_load(json.dumps(value, default=str))
-
-
-def resume_run(folder: str | Path, *, show: bool = True) -> Run:
-    """Go on with the run in a folder, by the recipe that is kept there."""
-    from posttrain.recipe import load_recipe
-
-    folder = Path(folder)
-    if not (folder / "run.json").is_file():
-        raise PosttrainError(f"{folder} is not a run folder: no run.json in it; give the folder that a run wrote")
-    return execute(load_recipe(folder / "recipe.yaml"), folder=folder, resume=True, show=show)

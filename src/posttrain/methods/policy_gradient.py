@@ -17,7 +17,13 @@ from posttrain.objective.advantage import (
     WhitenedReturn,
 )
 from posttrain.objective.aggregate import ConstantLength, SequenceMean, TokenMean
-from posttrain.objective.denominator import ClippedWeight, CurrentPolicy, OldPolicy, OldPolicyCompletion, OldPolicySequence
+from posttrain.objective.denominator import (
+    ClippedWeight,
+    CurrentPolicy,
+    OldPolicy,
+    OldPolicyCompletion,
+    OldPolicySequence,
+)
 from posttrain.objective.divergence import CriticLoss, Divergence, ReferenceKL
 from posttrain.objective.estimator import Objective
 from posttrain.objective.mask import Clip, DropTruncated
@@ -40,7 +46,8 @@ def reinforce(baseline: str = "batch") -> Method:
     Args:
         baseline: b is `none` (0), `batch` (mean reward of the step) or `group` (mean reward of the prompt's group).
 
-    Reference: Williams, Simple statistical gradient-following algorithms for connectionist reinforcement learning, 1992.
+    Reference: Williams, Simple statistical gradient-following algorithms for connectionist reinforcement learning,
+    1992.
     """
     if baseline not in ("none", "batch", "group"):
         raise ValueError(f"baseline is {baseline!r}; expected none, batch or group")
@@ -105,10 +112,12 @@ def dr_grpo(clip: float = 0.2, beta: float = 0.0, length: int = 128) -> Method:
 def dapo(low: float = 0.2, high: float = 0.28) -> Method:
     r"""DAPO: GRPO with a higher upper clip, a mean over all tokens, no KL, and only undecided groups.
 
-    .. math:: L = -\frac{1}{\sum_i T_i}\sum_i\sum_t \min(\rho_t A_i, \mathrm{clip}(\rho_t, 1-\epsilon_l, 1+\epsilon_h) A_i)
+    .. math:: L = -\frac{1}{\sum_i T_i}\sum_i\sum_t
+              \min(\rho_t A_i, \mathrm{clip}(\rho_t, 1-\epsilon_l, 1+\epsilon_h) A_i)
 
     Groups whose rewards are all equal are sampled again (at most four rounds a step); completions cut off by the length
-    limit carry no gradient. The soft overlong penalty is a reward: add `overlong_penalty` to the task's rewards.
+    limit carry no gradient, but count in the mean. The soft overlong penalty is a reward: add `overlong` to the
+    task's rewards.
 
     Args:
         low, high: the clip range.

@@ -1,7 +1,8 @@
 r"""Learning from preferences: DPO and its published variants, each a loss of the pair.
 
-Notation: r_c, r_r log-ratios :math:`\log\pi_\theta/\pi_{ref}` summed over the chosen and the rejected answer, m = r_c − r_r
-the margin, a bar the mean over an answer's tokens instead of the sum, s the log-probability under the policy alone.
+Notation: r_c, r_r log-ratios :math:`\log\pi_\theta/\pi_{ref}` summed over the chosen and the rejected answer,
+m = r_c − r_r the margin, a bar the mean over an answer's tokens instead of the sum, s the log-probability under the
+policy alone.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from posttrain.models.causal import CausalPolicy
@@ -19,6 +20,8 @@ def add_lora(
 ) -> CausalPolicy:
     r"""Wrap the model with a low-rank adapter; only its matrices are trained.
 
+    The layers are wrapped in place, so use the policy returned and no longer the one given.
+
     .. math:: W' = W + \frac{\alpha}{r} B A
 
     Args:
@@ -31,6 +34,12 @@ def add_lora(
 
     if policy.adapted:
         raise PosttrainError("the model already has an adapter; merge it first (policy.merged())")
+    projection = policy.model.get_output_embeddings()
+    if any(m is projection and _names(target_modules, n) for n, m in policy.model.named_modules()):
+        raise PosttrainError(
+            "LoRA: target_modules name the vocabulary projection, which stays as it is (the fused log-probabilities "
+            "read its one matrix); leave it out, as all-linear does"
+        )
     settings: dict[str, Any] = {
         "r": rank,
         "lora_alpha": alpha if alpha is not None else 2 * rank,
@@ -47,3 +56,10 @@ def add_lora(
     adapted = CausalPolicy(wrapped, policy.tokenizer, policy.name)
     adapted._packs = policy._packs
     return adapted
+
+
+def _names(target_modules: list[str] | str, name: str) -> bool:
+    """Whether peft's `target_modules` (a pattern, or the ends of names) mean a module."""
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in target_modules)

@@ -2,29 +2,50 @@
 
 `transformers` models look their attention function up by name and hand it every extra keyword of `forward`; the one
 registered here reads `packed_layout` (training, prefill) or `kv_slots` (decoding) from them. So any model that uses
-the attention interface computes packed rows, with nothing of it patched.
+the attention interface computes packed rows, with nothing of it patched. What a layer asks for is honoured (scale,
+grouped heads, sliding window, soft cap); what it asks for and is not known here is an error, never ignored. Dropout on
+attention weights is not applied: log-probabilities of training are those of sampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from posttrain.models.packing import Layout
+from posttrain.models.packing import Bucket, Layout
 
 NAME = "posttrain"
 LONG = 1024  # from this many keys on, the tiled kernel of torch beats products of small matrices
 
 
-class KeyValueSlots(Protocol):
-    """A decode cache: takes the new keys and values of a layer and attends to all it holds."""
+class LayerState(NamedTuple):
+    """What a layer's attention was given: key and value `[key heads, N, width]`, and its sliding window if any."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any) -> Tensor: ...
+    key: Tensor
+    value: Tensor
+    window: int | None
+
+
+class KeyValueSlots(Protocol):
+    """A decode cache: takes the new keys and values of a layer and attends to what it holds within the window."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor: ...
 
 
 def attention_forward(
@@ -36,45 +57,56 @@ def attention_forward(
     scaling: float | None = None,
     packed_layout: Layout | None = None,
     kv_slots: KeyValueSlots | None = None,
-    captured: dict[int, tuple[Tensor, Tensor]] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    captured: dict[int, LayerState] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query `[1, heads, N, width]`, key and value `[1, key heads, N, width]` to `[1, N, heads, width]`."""
-    if options.get("s_aux") is not None:
-        raise NotImplementedError("attention sinks are not supported in packed rows")
+    """query `[1, heads, N, width]`, key `[1, key heads, N, width]` and value `[1, key heads, N, value width]` to
+    `[1, N, heads, value width]`. Other options may be there, but not set (`dropout` aside).
+    """
+    if attention_mask is not None or any(options.get(name) is not None for name in ("s_aux", "position_bias")):
+        raise NotImplementedError("attention sinks, biases and a model's own masks are not supported in packed rows")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    softcap = options.get("softcap")
-    layer = int(getattr(module, "layer_idx", 0))
+    window = int(sliding_window) if sliding_window else None
+    layer = int(getattr(module, "layer_idx", None) or 0)
     if kv_slots is not None:
-        return kv_slots.attend(layer, query, key, value, scale, softcap=softcap), None
+        return kv_slots.attend(layer, query, key, value, scale, window=window, softcap=softcap), None
     if packed_layout is None:
         raise RuntimeError("packed attention was called without a layout")
     if captured is not None:
-        captured[layer] = (key[0], value[0])
+        if layer in captured:
+            raise NotImplementedError(f"layer {layer} attends more than once")
+        captured[layer] = LayerState(key[0], value[0], window)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, heads, width]
-    out = q.new_empty(q.shape) if not q.requires_grad else None
-    pieces, places = [], []
-    for bucket in packed_layout.buckets:
-        rows, width = bucket.query.shape
-        bq = q.index_select(0, bucket.query.flatten()).view(rows, width, *q.shape[1:]).transpose(1, 2)
-        bk = k.index_select(0, bucket.key.flatten()).view(rows, -1, *k.shape[1:]).transpose(1, 2)
-        bv = v.index_select(0, bucket.key.flatten()).view(rows, -1, *v.shape[1:]).transpose(1, 2)
-        found = attend(bq, bk, bv, bucket.mask, scale, softcap)
-        found = found.transpose(1, 2).reshape(rows * width, *q.shape[1:]).index_select(0, bucket.query_rows)
-        if out is not None:
-            out[bucket.packed] = found
-        pieces.append(found)
-        places.append(bucket.packed)
-    if out is None:
-        order = torch.cat(places)
+    pieces = [_attend_bucket(b, q, k, v, window, scale, softcap) for b in packed_layout.buckets]
+    if any(p.requires_grad for p in pieces):
+        order = torch.cat([b.packed for b in packed_layout.buckets])
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
-        out = torch.cat(pieces).index_select(0, back)
+        return torch.cat(pieces).index_select(0, back)[None], None
+    out = v.new_empty(*q.shape[:2], v.shape[-1])
+    for bucket, piece in zip(packed_layout.buckets, pieces, strict=True):
+        out[bucket.packed] = piece
     return out[None], None
 
 
+def _attend_bucket(
+    bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Attention of one bucket: q, k, v `[N, heads, width]` to `[queries of the bucket, heads, value width]`."""
+    rows, width = bucket.query.shape
+    bq = q.index_select(0, bucket.query.flatten()).view(rows, width, *q.shape[1:]).transpose(1, 2)
+    bk = k.index_select(0, bucket.key.flatten()).view(rows, -1, *k.shape[1:]).transpose(1, 2)
+    bv = v.index_select(0, bucket.key.flatten()).view(rows, -1, *v.shape[1:]).transpose(1, 2)
+    found = attend(bq, bk, bv, bucket.within(window), scale, softcap)
+    return found.transpose(1, 2).flatten(0, 1).index_select(0, bucket.query_rows)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-    """Masked attention with grouped heads: q `[B, H, Q, D]`, k and v `[B, Hk, K, D]`, mask `[B, 1, Q, K]`."""
+    """Masked attention with grouped heads: q `[B, H, Q, D]`, k `[B, Hk, K, D]`, v `[B, Hk, K, Dv]`, mask
+    `[B, 1, Q, K]` to `[B, H, Q, Dv]`.
+    """
     if softcap is not None:
         groups = q.shape[1] // k.shape[1]
         scores = (q @ k.repeat_interleave(groups, 1).transpose(-1, -2)).float() * scale
@@ -95,14 +127,16 @@ class _GroupedAttention(torch.autograd.Function):
     def weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
         batch, heads, rows, width = q.shape
         kv = k.shape[1]
-        scores = (q.reshape(batch, kv, -1, width) @ k.transpose(-1, -2)).float().mul_(scale)
-        scores = scores.view(batch, heads, rows, -1).masked_fill_(~mask, float("-inf"))
+        scores = (q.reshape(batch, kv, -1, width) @ k.transpose(-1, -2)).float().view(batch, heads, rows, -1)
+        # one pass in place scales and masks; filling by mask, or adding tensors of two dtypes, is several times slower
+        bias = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, float("-inf"))
+        torch.add(bias, scores, alpha=scale, out=scores)
         return torch.softmax(scores, -1).view(batch, kv, -1, k.shape[2])
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
         weights = _GroupedAttention.weights(q, k, mask, scale)
-        out = (weights.to(v.dtype) @ v).view(q.shape)
+        out = (weights.to(v.dtype) @ v).view(*q.shape[:3], v.shape[-1])
         ctx.save_for_backward(q, k, v, mask, out)
         ctx.scale = scale
         return out
@@ -110,32 +144,60 @@ class _GroupedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k, v, mask, out = ctx.saved_tensors
-        batch, _, _, width = q.shape
-        kv = k.shape[1]
+        batch, kv = k.shape[:2]
         weights = _GroupedAttention.weights(q, k, mask, ctx.scale)
-        stacked = grad.reshape(batch, kv, -1, width)
+        stacked = grad.reshape(batch, kv, -1, v.shape[-1])
         d_v = weights.to(v.dtype).transpose(-1, -2) @ stacked
         d_scores = (stacked @ v.transpose(-1, -2)).float()
-        d_scores -= (grad.float() * out.float()).sum(-1).view(batch, kv, -1, 1)
-        d_scores *= weights
-        low = d_scores.mul_(ctx.scale).to(q.dtype)
-        d_q = (low @ k).view(q.shape)
-        d_k = low.transpose(-1, -2) @ q.reshape(batch, kv, -1, width)
+        d_scores.sub_((grad.float() * out.float()).sum(-1).view(batch, kv, -1, 1)).mul_(weights)
+        low = d_scores.to(q.dtype)
+        d_q = (low @ k).mul_(ctx.scale).view(q.shape)
+        d_k = (low.transpose(-1, -2) @ q.reshape(batch, kv, -1, q.shape[-1])).mul_(ctx.scale)
         return d_q, d_k, d_v, None, None
 
 
 @contextmanager
 def packed_attention(model: nn.Module) -> Iterator[None]:
-    """Let the model use the registered function inside the block, and its own outside."""
+    """Let the model use the registered function inside the block, and its own outside.
+
+    Layers under gradient checkpointing are computed again in the backward pass, when the block is over; they use the
+    registered function then, too.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention_forward)
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    before = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
-    for config, _ in before:
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs = [c for c in found.values() if hasattr(c, "_attn_implementation")]
+    checkpoints = [
+        (m, function)
+        for m in model.modules()
+        if (function := m.__dict__.get("_gradient_checkpointing_func")) is not None
+    ]
+    for module, function in checkpoints:
+        module._gradient_checkpointing_func = partial(_checkpoint, function, configs)  # type: ignore[assignment]
+    try:
+        with _implementation(configs):
+            yield
+    finally:
+        for module, function in checkpoints:
+            module._gradient_checkpointing_func = function
+
+
+@contextmanager
+def _implementation(configs: list[Any]) -> Iterator[None]:
+    before = [c._attn_implementation for c in configs]
+    for config in configs:
         config._attn_implementation = NAME
     try:
         yield
     finally:
-        for config, implementation in before:
+        for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
+
+
+def _checkpoint(checkpoint: Callable[..., Any], configs: list[Any], layer: Callable[..., Any], *args: Any) -> Any:
+    def packed_layer(*inputs: Any) -> Any:
+        with _implementation(configs):
+            return layer(*inputs)
+
+    return checkpoint(packed_layer, *args)

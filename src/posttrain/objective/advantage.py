@@ -45,11 +45,15 @@ class Advantage(Protocol):
 
 
 class Fixed:
-    """Base of advantages that rewards determine: subclasses say how in `of`, one value a sequence (or a token)."""
+    """Base of advantages that rewards determine: subclasses say how in `of`, one value a sequence (or a token).
+
+    minimum_group: completions a prompt below which every advantage would be 0.
+    """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     keep_groups: ClassVar[bool] = False
     per_sequence: ClassVar[bool] = True
+    minimum_group: ClassVar[int] = 1
 
     def of(self, batch: Batch) -> Tensor:
         """`[S]` fp32, or `[M]` where `per_sequence` is False."""
@@ -97,6 +101,10 @@ class Return(Fixed):
 
     baseline: Literal["none", "batch", "group"] = "none"
 
+    @property
+    def minimum_group(self) -> int:  # type: ignore[override]
+        return 2 if self.baseline == "group" else 1
+
     def of(self, batch: Batch) -> Tensor:
         if self.baseline == "batch":
             return batch.reward - batch.reward.mean()
@@ -113,6 +121,7 @@ class GroupNormalised(Fixed):
 
     scale: Literal["group", "batch", "none"] = "group"
     eps: float = 1e-4
+    minimum_group: ClassVar[int] = 2
 
     def of(self, batch: Batch) -> Tensor:
         return self.normalise(batch.group, batch.reward)
@@ -159,6 +168,7 @@ class DecoupledGroupNormalised(Fixed):
 
     weights: tuple[tuple[str, float], ...] = ()
     eps: float = 1e-4
+    minimum_group: ClassVar[int] = 2
 
     def of(self, batch: Batch) -> Tensor:
         single = GroupNormalised("group", self.eps)
@@ -187,6 +197,10 @@ class WhitenedReturn(Fixed):
     whiten: bool = True
     eps: float = 1e-8
     per_sequence: ClassVar[bool] = False
+
+    @property
+    def minimum_group(self) -> int:  # type: ignore[override]
+        return 2 if self.baseline == "group" else 1
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]

@@ -6,7 +6,7 @@ Notation: `M` action tokens (those the policy chose or imitates), `S` sequences,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -167,40 +167,41 @@ class Batch:
     def partition(self, budget: int, *, keep_groups: bool) -> list[Tensor]:
         """Sequence numbers of each micro-batch of at most `budget` model tokens (one unit may exceed it).
 
-        Sequences are taken longest first within the order of groups, so that a micro-batch holds similar lengths;
-        with `keep_groups` the members of a group stay together (preferences need both of a pair).
-        A prompt shared by a group is counted once, as the packed forward pass computes it once.
+        A unit is a group, so that its prompt is computed once, or with `keep_groups` False a piece of a group that
+        alone exceeds the budget; preferences need both of a pair. Units are taken longest first, so that a micro-batch
+        holds similar lengths.
         """
-        units = [(self.group == g).nonzero()[:, 0] for g in self.group.unique()]
+        length = [len(t) for t in self.tokens]
+        first = self.place[self.lengths.cumsum(0) - self.lengths].tolist()
+
+        def cost(unit: list[int]) -> int:
+            shared = min(first[s] for s in unit) if len(unit) > 1 else 0
+            return sum(length[s] - shared for s in unit) + shared
+
+        units = [(self.group == g).nonzero()[:, 0].tolist() for g in self.group.unique()]
         if not keep_groups:
-            units = [part for unit in units for part in self._parts(unit, budget)]
-        units.sort(key=lambda unit: -max(len(self.tokens[int(s)]) for s in unit))
-        batches: list[list[Tensor]] = []
+            units = [part for unit in units for part in _parts(unit, budget, cost)]
+        units.sort(key=lambda unit: -max(length[s] for s in unit))
+        batches: list[list[int]] = []
         room = 0
         for unit in units:
-            cost = self._cost(unit)
-            if not batches or cost > room:
+            if not batches or cost(unit) > room:
                 batches.append([])
                 room = budget
-            batches[-1].append(unit)
-            room -= cost
-        return [torch.cat(b) for b in batches]
-
-    def _parts(self, unit: Tensor, budget: int) -> list[Tensor]:
-        """Cut a group that alone exceeds the budget into pieces that do not (a single sequence may)."""
-        parts: list[Tensor] = []
-        for s in unit:
-            longer = torch.cat([parts[-1], s[None]]) if parts else unit[:0]
-            if parts and self._cost(longer) <= budget:
-                parts[-1] = longer
-            else:
-                parts.append(s[None])
-        return parts
-
-    def _cost(self, unit: Tensor) -> int:
-        first = {int(s): int(self.place[self.sequence == s][0]) for s in unit}
-        shared = min(first.values()) if len(unit) > 1 else 0
-        return sum(len(self.tokens[s]) - shared for s in first) + shared
+            batches[-1] += unit
+            room -= cost(unit)
+        return [torch.tensor(b) for b in batches]
 
 
 PER_SEQUENCE = frozenset({"reward", "group", "label", "source", "truncated", "weight"})
+
+
+def _parts(unit: list[int], budget: int, cost: Callable[[list[int]], int]) -> list[list[int]]:
+    """Cut a group that exceeds the budget into pieces that do not (a single sequence still may)."""
+    parts: list[list[int]] = []
+    for s in unit:
+        if parts and cost([*parts[-1], s]) <= budget:
+            parts[-1].append(s)
+        else:
+            parts.append([s])
+    return parts

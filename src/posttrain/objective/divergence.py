@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from posttrain.objective.batch import Batch
+from posttrain.objective.denominator import old_logp
 from posttrain.objective.likelihood import Likelihood
 
 Need = Literal["entropy", "reference_logp", "reference_hidden", "old_logp", "value", "mismatched_kl"]
@@ -35,19 +36,22 @@ class ReferenceKL:
     r"""KL to a frozen reference from the sampled tokens' log-probabilities, with :math:`d = \log\pi_{ref}-\log\pi`:
 
     k1 :math:`-d`, k2 :math:`d^2/2`, k3 :math:`e^{d}-d-1` (GRPO's).
+
+    corrected: times the ratio :math:`\pi_\theta/\pi_{old}`, with its gradient, which makes k1's and k3's an unbiased
+    gradient of the KL, also after updates (DeepSeek-V3.2, 2025, arXiv 2512.02556).
     """
 
     coefficient: float = 0.04
     estimator: Literal["k1", "k2", "k3"] = "k3"
+    corrected: bool = False
     name: ClassVar[str] = "kl"
     needs: ClassVar[frozenset[Need]] = frozenset({"reference_logp"})
 
     def __call__(self, batch: Batch, likelihood: Likelihood) -> Tensor:
         assert batch.reference_logp is not None
         d = batch.reference_logp - likelihood.logp
-        if self.estimator == "k1":
-            return -d
-        return d * d / 2 if self.estimator == "k2" else torch.expm1(d) - d
+        term = {"k1": -d, "k2": d * d / 2, "k3": torch.expm1(d) - d}[self.estimator]
+        return term * (likelihood.logp - old_logp(batch, likelihood.logp)).exp() if self.corrected else term
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in fp32
+CHUNK_ELEMENTS = 1 << 25  # gradients of logits held at a time: 64 MiB in bf16
+SOFTMAX_ELEMENTS = 1 << 22  # of which this many are in the softmax at a time: 16 MiB in fp32
 Divergence = Literal["forward", "reverse"]
 
 
@@ -108,6 +109,10 @@ def token_statistics(
 
 
 class _Fused(torch.autograd.Function):
+    """Rows are handled in two sizes: the softmax, bound by memory traffic, takes few at a time (`inner`, so that they
+    stay in cache); the products with the vocabulary matrix in the backward pass take many (`rows`).
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -122,8 +127,9 @@ class _Fused(torch.autograd.Function):
         rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         lse, logp, ent, div = (hidden.new_zeros(len(hidden), dtype=_wide(hidden.dtype)) for _ in range(4))
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
+        inner = _softmax_rows(weight, rows)
+        for start in range(0, len(hidden), inner):
+            part = slice(start, start + inner)
             logits = head.logits(hidden[part])
             lse[part] = torch.logsumexp(logits, -1)
             logp[part] = logits.gather(1, target[part, None])[:, 0] - lse[part]
@@ -137,44 +143,68 @@ class _Fused(torch.autograd.Function):
                 p = (logits - lse[part, None]).exp_()
                 ent[part] = lse[part] - p.mul_(logits).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, target, lse, ent, div)
-        ctx.settings = (head, entropy, reference, divergence, rows)
+        ctx.settings = (head, reference, divergence, rows)
+        ctx.set_materialize_grads(False)  # what nobody differentiates (entropy as a mere metric) costs nothing
         return logp, ent, div
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_logp: Tensor, g_ent: Tensor, g_div: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, target, lse, ent, div = ctx.saved_tensors
-        head, entropy, reference, divergence, rows = ctx.settings
+    def backward(ctx: Any, g_logp: Tensor | None, g_ent: Tensor | None, g_div: Tensor | None) -> tuple[Any, ...]:
+        hidden, weight, bias, *_ = ctx.saved_tensors
+        head, _, _, rows = ctx.settings
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if wants_weight else None
+        d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if wants_bias and bias is not None else None
+        inner = _softmax_rows(weight, rows)
+        buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
         for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            h = hidden[part]
-            log_p = head.logits(h) - lse[part, None]
-            p = log_p.exp()
-            grad = p * -g_logp[part, None]
-            grad.scatter_add_(1, target[part, None], g_logp[part, None].to(grad.dtype))
-            if entropy:
-                grad -= g_ent[part, None] * p * (log_p + ent[part, None])
-            if reference is not None:
-                log_q = reference[1].logits(reference[0][part]).log_softmax(-1)
-                if divergence == "reverse":
-                    grad += g_div[part, None] * p * (log_p - log_q - div[part, None])
-                else:
-                    grad += g_div[part, None] * (p - log_q.exp())
-            grad = head.pull_back(grad, h)
-            if d_bias is not None:
-                d_bias += grad.sum(0)
-            low = grad.to(h.dtype)
+            h = hidden[start : start + rows]
+            low = buffer[: len(h)]
+            for at in range(0, len(h), inner):
+                part = slice(start + at, min(start + at + inner, start + len(h)))
+                grad = head.pull_back(_logit_gradient(ctx, part, g_logp, g_ent, g_div), hidden[part])
+                if d_bias is not None:
+                    d_bias += grad.sum(0)
+                low[at : at + inner] = grad
             if d_hidden is not None:
-                d_hidden[part] = low @ weight
-            if d_weight is not None:
-                d_weight += low.T @ h
+                d_hidden[start : start + rows] = low @ weight
+            if wants_weight:
+                product = low.T @ h
+                d_weight = product.to(_wide(product.dtype)) if d_weight is None else d_weight.add_(product)
         return (
             d_hidden,
             d_weight.to(weight.dtype) if d_weight is not None else None,
             d_bias.to(bias.dtype) if d_bias is not None and bias is not None else None,
             *(None,) * 6,
         )
+
+
+def _softmax_rows(weight: Tensor, rows: int) -> int:
+    return min(rows, max(1, SOFTMAX_ELEMENTS // weight.shape[0]))
+
+
+def _logit_gradient(ctx: Any, part: slice, g_logp: Tensor | None, g_ent: Tensor | None, g_div: Tensor | None) -> Tensor:
+    """Gradient with respect to the logits of some rows: `[rows, vocab]`, at least fp32."""
+    hidden, _, _, target, lse, ent, div = ctx.saved_tensors
+    head, reference, divergence, _ = ctx.settings
+    log_p = head.logits(hidden[part]).sub_(lse[part, None])
+    if g_ent is None and g_div is None:
+        grad = log_p.exp_()
+    else:
+        grad = log_p.exp()
+        p = grad.clone()
+    if g_logp is None:
+        grad.zero_()
+    else:
+        grad.mul_(-g_logp[part, None])
+        grad.scatter_add_(1, target[part, None], g_logp[part, None].to(grad.dtype))
+    if g_ent is not None:
+        grad -= g_ent[part, None] * p * (log_p + ent[part, None])
+    if g_div is not None:
+        log_q = reference[1].logits(reference[0][part]).log_softmax(-1)
+        if divergence == "reverse":
+            grad += g_div[part, None] * p * (log_p - log_q - div[part, None])
+        else:
+            grad += g_div[part, None] * (p - log_q.exp())
+    return grad

@@ -41,7 +41,7 @@ class Clip:
         rho = ratio.log_ratio.exp()
         over = (advantage > 0) & (rho > 1 + self.high)
         under = (advantage < 0) & (rho < 1 - self.low)
-        bound = torch.where(over, 1 + self.high, 1 - self.low).to(rho)
+        bound = torch.full_like(rho, 1 - self.low).masked_fill(over, 1 + self.high)
         return Kept(~(over | under), bound)
 
 
@@ -59,7 +59,8 @@ class DualClip:
 
 @dataclass(frozen=True, slots=True)
 class DropTruncated:
-    """Sequences that ran into the length limit teach nothing (DAPO's overlong filtering)."""
+    """Sequences that ran into the length limit teach nothing (DAPO's overlong filtering). Their tokens still count in
+    the mean, so that what is left is not weighted up."""
 
     def __call__(self, batch: Batch, ratio: Ratio, advantage: Tensor) -> Kept:
         keep = ~batch.spread(batch.truncated.to(advantage.device))

@@ -13,6 +13,9 @@ Progress = Callable[[int, int], None]  # (finished completions, all completions)
 class Engine(Protocol):
     """Generates completions. Deterministic given `seed`: sample `j` of the prompt with key `k` does not depend on
     which other prompts are in the call.
+
+    An engine whose model has a limited context says it as an attribute `max_length` (tokens of prompt and completion
+    together); a rollout of several turns then ends an episode that has no room left.
     """
 
     def generate(

@@ -18,8 +18,8 @@ from posttrain.trajectory import Completion, Prompt
 
 @dataclass(slots=True)
 class Reply:
-    """What the world answers: tokens to append (`[length]` int64; not actions), a reward for the turn, and whether the
-    episode goes on.
+    """What the world answers: tokens to append (`[length]` int64; not actions, not kept at the end of an episode), a
+    reward for the turn, and whether the episode is over.
     """
 
     tokens: Tensor
@@ -30,8 +30,8 @@ class Reply:
 class Environment(Protocol):
     """max_turns: policy turns at most. `respond` is told the prompt, all completions so far and the turn (from 0)."""
 
-    max_turns: int
-
+    @property
+    def max_turns(self) -> int: ...
     def respond(self, prompt: Prompt, completions: list[Completion], turn: int) -> Reply: ...
 
 

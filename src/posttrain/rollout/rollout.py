@@ -1,16 +1,21 @@
-"""Rollouts: an engine and an environment play episodes; the result is groups of trajectories."""
+"""Rollouts: an engine and an environment play episodes; the result is groups of trajectories.
+
+An episode ends when the environment says so, at its last turn, when a completion is cut off, or when the model's
+context has no room for another turn. What the world says after the last turn is not kept: nobody answers it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from posttrain.rollout.engine import Engine, Progress
 from posttrain.rollout.environment import Environment, SingleTurn
-from posttrain.trajectory import Completion, Group, Prompt, Sampling, Trajectory
+from posttrain.trajectory import Completion, Finish, Group, Prompt, Sampling, Trajectory
 
 
 @dataclass(slots=True)
@@ -19,7 +24,7 @@ class _Episode:
     tokens: Tensor
     completions: list[Completion] = field(default_factory=list)
     parts: list[tuple[Completion | None, Tensor, float]] = field(default_factory=list)
-    done: bool = False
+    finish: Finish = "none"  # none as long as it goes on
 
 
 def rollout(
@@ -32,29 +37,44 @@ def rollout(
     progress: Progress | None = None,
 ) -> list[Group]:
     """Play `samples` episodes for each prompt. Every group holds its prompt and unscored trajectories."""
-    environment = environment or SingleTurn()
-    first = engine.generate(prompts, samples, sampling, seed, progress)
+    world = SingleTurn() if environment is None else environment
+    context: int | None = getattr(engine, "max_length", None)
     episodes = [[_Episode(p, p.tokens) for _ in range(samples)] for p in prompts]
+    first = engine.generate(prompts, samples, sampling, seed, progress)
     for row, completions in zip(episodes, first, strict=True):
         for episode, completion in zip(row, completions, strict=True):
-            _advance(episode, completion, environment, 0)
-    for turn in range(1, environment.max_turns):
-        open_ = [e for row in episodes for e in row if not e.done]
-        if not open_:
+            _advance(episode, completion, world, 0, context)
+    for turn in range(1, world.max_turns):
+        going = [e for row in episodes for e in row if e.finish == "none"]
+        if not going:
             break
-        asked = [replace(e.prompt, tokens=e.tokens) for e in open_]
-        for episode, (completion,) in zip(open_, engine.generate(asked, 1, sampling, seed + turn), strict=True):
-            _advance(episode, completion, environment, turn)
+        asked = [replace(e.prompt, tokens=e.tokens) for e in going]
+        answers = engine.generate(asked, 1, sampling, _turn_seed(seed, turn))
+        for episode, (completion,) in zip(going, answers, strict=True):
+            _advance(episode, completion, world, turn, context)
     return [Group([_trajectory(e) for e in row], p) for p, row in zip(prompts, episodes, strict=True)]
 
 
-def _advance(episode: _Episode, completion: Completion, environment: Environment, turn: int) -> None:
-    """Append the policy's turn and the world's answer."""
+def _turn_seed(seed: int, turn: int) -> int:
+    """A seed of its own for a later turn, far from those of other rollouts (which may be neighbours)."""
+    return int(np.random.SeedSequence([seed % 2**64, turn]).generate_state(1, np.uint64)[0])
+
+
+def _advance(
+    episode: _Episode, completion: Completion, environment: Environment, turn: int, context: int | None
+) -> None:
+    """Append the policy's turn, and the world's answer if the episode goes on."""
     episode.completions.append(completion)
     reply = environment.respond(episode.prompt, episode.completions, turn)
-    episode.parts += [(completion, completion.tokens, reply.reward), (None, reply.tokens, 0.0)]
-    episode.tokens = torch.cat([episode.tokens, completion.tokens, reply.tokens])
-    episode.done = reply.done or completion.finish == "length"
+    episode.parts.append((completion, completion.tokens, reply.reward))
+    episode.tokens = torch.cat([episode.tokens, completion.tokens])
+    if reply.done or completion.finish == "length" or turn + 1 >= environment.max_turns:
+        episode.finish = completion.finish
+    elif context is not None and len(episode.tokens) + len(reply.tokens) >= context:
+        episode.finish = "length"
+    else:
+        episode.parts.append((None, reply.tokens, 0.0))
+        episode.tokens = torch.cat([episode.tokens, reply.tokens])
 
 
 def _trajectory(episode: _Episode) -> Trajectory:
@@ -72,7 +92,6 @@ def _trajectory(episode: _Episode) -> Trajectory:
         else:
             turn += 1
         start = part.stop
-    last = episode.completions[-1]
     return Trajectory(
         episode.tokens,
         action,
@@ -80,6 +99,6 @@ def _trajectory(episode: _Episode) -> Trajectory:
         full,
         turns,
         reward if bool(reward.any()) else None,
-        finish=last.finish,
+        finish=episode.finish,
         text="".join(c.text for c in episode.completions),
     )

@@ -6,14 +6,16 @@ which rows happen to be in the batch, and costs no random number per vocabulary 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from posttrain.trajectory import Sampling
+from posttrain.trajectory import PosttrainError, Sampling
 
 BLOCK = 256  # the cumulative sum is taken over blocks of the vocabulary, then inside the chosen block
+CANDIDATES = (256, 4096)  # how many of the likeliest tokens are looked at before the whole vocabulary is sorted
 
 
 class Draw(NamedTuple):
@@ -27,48 +29,77 @@ class Draw(NamedTuple):
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
-    """Draw a token a row: logits `[rows, vocab]` fp32, uniform `[rows]` in [0, 1)."""
-    if sampling.temperature == 0:
-        token = logits.argmax(-1)
-        chosen = logits.gather(1, token[:, None])[:, 0]
-        return Draw(token, torch.zeros_like(chosen), chosen - torch.logsumexp(logits, -1))
-    scaled = logits / sampling.temperature if sampling.temperature != 1 else logits
+    """Draw a token a row: logits `[rows, vocab]` fp32 (-inf forbids a token), uniform `[rows]` fp64 in [0, 1).
+
+    Raises PosttrainError where a row has a NaN, an infinite logit, or no token that is allowed.
+    """
+    scaled = logits
+    if sampling.temperature not in (0, 1):
+        # relative to the largest, so that a small temperature cannot overflow
+        scaled = (logits - logits.amax(-1, keepdim=True)).div_(sampling.temperature)
     normaliser = torch.logsumexp(scaled, -1)
+    if not bool(torch.isfinite(normaliser).all()):
+        raise PosttrainError(
+            "the model's logits are not finite numbers, so no token can be drawn: its weights have diverged or "
+            "overflow in this precision; lower the learning rate, or load the model in fp32"
+        )
+    if sampling.temperature == 0:
+        token = scaled.argmax(-1)
+        chosen = scaled.gather(1, token[:, None])[:, 0]
+        return Draw(token, torch.zeros_like(chosen), chosen - normaliser)
     if not sampling.truncated:
         token = _invert((scaled - normaliser[:, None]).exp_(), uniform)
         logp = scaled.gather(1, token[:, None])[:, 0] - normaliser
         return Draw(token, logp, logp)
-    kept, index = _truncate(scaled, sampling)
+    kept, index = _truncate(scaled, normaliser, sampling)
     kept_normaliser = torch.logsumexp(kept, -1)
     place = _invert((kept - kept_normaliser[:, None]).exp_(), uniform)[:, None]
     chosen = kept.gather(1, place)[:, 0]
     return Draw(index.gather(1, place)[:, 0], chosen - kept_normaliser, chosen - normaliser)
 
 
-def _truncate(scaled: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Kept logits in descending order, dropped ones at -inf, and their token ids: `[rows, kept]` each."""
+def _truncate(scaled: Tensor, normaliser: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Logits of the likeliest tokens, dropped ones at -inf, and their ids, ascending: `[rows, candidates]` each.
+
+    Every truncation keeps what is at least some logit, so tokens of equal logit stay or go together (as in the top-k of
+    `transformers`) and the kept set depends on the row alone.
+    """
     vocab = scaled.shape[-1]
-    if sampling.top_k and sampling.top_k < vocab:
-        kept, index = scaled.topk(sampling.top_k, dim=-1)
-    else:
-        kept, index = scaled.sort(dim=-1, descending=True)
+    for size in (*(c for c in CANDIDATES if sampling.top_k < c < vocab), vocab):
+        values, index = scaled.topk(size, dim=-1)
+        threshold = _threshold(values, normaliser, sampling)
+        last = values[:, -1:]
+        if size == vocab or bool(((last < threshold) | (last == float("-inf"))).all()):
+            break
+    index, order = index.sort(-1)
+    return values.masked_fill(values < threshold, float("-inf")).gather(1, order), index
+
+
+def _threshold(values: Tensor, normaliser: Tensor, sampling: Sampling) -> Tensor:
+    """`[rows, 1]` smallest kept logit; values: `[rows, candidates]` in descending order.
+
+    Right where it exceeds the last candidate, as then every kept token is among the candidates.
+    """
+    threshold = torch.full_like(values[:, :1], float("-inf"))
+    total = normaliser[:, None]
+    if 0 < sampling.top_k < values.shape[1]:
+        threshold = values[:, sampling.top_k - 1, None]
+        total = torch.logsumexp(values.masked_fill(values < threshold, float("-inf")), -1, keepdim=True)
     if sampling.top_p < 1:
-        probability = kept.softmax(-1)
+        probability = (values - total).to(torch.float64).exp_().masked_fill_(values < threshold, 0)
         before = probability.cumsum(-1) - probability
-        drop = before >= sampling.top_p
-        drop[:, 0] = False
-        kept = kept.masked_fill(drop, float("-inf"))
+        count = (before < sampling.top_p).sum(-1, keepdim=True).clamp_(min=1)
+        threshold = torch.maximum(threshold, values.gather(1, count - 1))
     if sampling.min_p > 0:
-        threshold = kept[:, :1] + torch.log(torch.tensor(sampling.min_p, dtype=kept.dtype, device=kept.device))
-        kept = kept.masked_fill(kept < threshold, float("-inf"))
-    return kept, index
+        threshold = torch.maximum(threshold, values[:, :1] + math.log(sampling.min_p))
+    return threshold
 
 
 def _invert(probability: Tensor, uniform: Tensor) -> Tensor:
     """First index whose cumulative probability exceeds `uniform` of the total; never one of probability zero."""
     rows, vocab = probability.shape
     padded = torch.nn.functional.pad(probability, (0, -vocab % BLOCK)).view(rows, -1, BLOCK)
-    blocks = padded.sum(-1, dtype=torch.float64).cumsum(-1)
+    blocks = padded.sum(-1).to(torch.float64).cumsum(-1)
     goal = uniform.to(torch.float64) * blocks[:, -1]
     block = torch.searchsorted(blocks, goal[:, None], right=True).clamp_(max=blocks.shape[1] - 1)
     before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp_(min=0)), 0)

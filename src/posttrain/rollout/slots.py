@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from posttrain.models.attention import LayerState
 
 
 class Slots:
@@ -14,26 +14,29 @@ class Slots:
     keys[layer]: `[count, key heads, capacity, width]`, values[layer] likewise; length: `[count]` tokens held by a row.
     """
 
-    def __init__(self, count: int, capacity: int, window: int | None = None) -> None:
-        self.count, self.capacity, self.window = count, capacity, window
+    def __init__(self, count: int, capacity: int) -> None:
+        self.count, self.capacity = count, capacity
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.length = torch.zeros(count, dtype=torch.int64)
         self.active = 0
         self._rows = torch.arange(count)
-        self._mask = torch.empty(0)
+        self._masks: dict[int | None, Tensor] = {}
 
-    def admit(self, prompt: dict[int, tuple[Tensor, Tensor]], copies: int) -> int:
-        """Start `copies` rows with the keys and values of one prompt (`[heads, tokens, width]`); returns the first."""
+    def admit(self, prompt: dict[int, LayerState], part: slice, copies: int) -> int:
+        """Start `copies` rows with the keys and values of one prompt, the tokens `part` of each layer's `[heads, N,
+        width]`; returns the first row.
+        """
         first = self.active
-        for layer, (key, value) in prompt.items():
+        for layer, state in prompt.items():
+            key, value = state.key[:, part], state.value[:, part]
             if layer not in self.keys:
                 shape = (self.count, key.shape[0], self.capacity, key.shape[-1])
                 self.keys[layer] = key.new_zeros(shape)
                 self.values[layer] = value.new_zeros((*shape[:3], value.shape[-1]))
             self.keys[layer][first : first + copies, :, : key.shape[1]] = key
             self.values[layer][first : first + copies, :, : value.shape[1]] = value
-        self.length[first : first + copies] = next(iter(prompt.values()))[0].shape[1]
+        self.length[first : first + copies] = part.stop - part.start
         self.active += copies
         return first
 
@@ -67,19 +70,34 @@ class Slots:
         """Prepare a decode step of all running rows; returns the position of each one's new token, `[active]`."""
         positions = self.length[: self.active].clone()
         self._top = int(positions.max()) + 1
-        distance = positions[:, None] - torch.arange(self._top)
-        hidden = distance < 0
-        if self.window is not None:
-            hidden |= distance >= self.window
-        device = next(iter(self.keys.values())).device
-        self._mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None, None].to(device)
-        self._positions = positions.to(device)
+        self._masks.clear()
+        self._positions = positions.to(next(iter(self.keys.values())).device)
         self.length[: self.active] += 1
         return positions
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, **options: Any) -> Tensor:
-        """Write the new keys and values, attend to all a row holds: query `[active, heads, 1, width]` to
-        `[active, 1, heads, width]`. The heads of a group are rows of one product, so keys are never repeated.
+    def _mask(self, window: int | None) -> Tensor:
+        """`[active, 1, 1, keys]` fp32: 0 where the new token may look, -inf elsewhere; made once a step and window."""
+        if window not in self._masks:
+            distance = self._positions[:, None] - torch.arange(self._top, device=self._positions.device)
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            mask = torch.zeros(hidden.shape, device=hidden.device)
+            self._masks[window] = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
+        return self._masks[window]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Write the new keys and values, attend to those of the row (its last `window` ones): query
+        `[active, heads, 1, width]` to `[active, 1, heads, value width]`. The heads of a group are rows of one product,
+        so keys are never repeated.
         """
         rows = self._rows[: self.active]
         store_k, store_v = self.keys[layer], self.values[layer]
@@ -88,7 +106,7 @@ class Slots:
         keys, values = store_k[: self.active, :, : self._top], store_v[: self.active, :, : self._top]
         stacked = query.reshape(len(rows), keys.shape[1], -1, query.shape[-1])
         scores = (stacked @ keys.transpose(-1, -2)).float() * scale
-        if (softcap := options.get("softcap")) is not None:
+        if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        weights = torch.softmax(scores + self._mask, -1).to(values.dtype)
+        weights = torch.softmax(scores + self._mask(window), -1).to(values.dtype)
         return (weights @ values).reshape(len(rows), 1, query.shape[1], -1)

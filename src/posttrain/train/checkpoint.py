@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,20 @@ from posttrain.trajectory import PosttrainError
 STATE, TENSORS = "state.json", "tensors.safetensors"
 
 
-def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 1) -> Path:
-    """Write `folder/step-N`; older ones beyond `keep` are removed only once it is complete.
+def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int | None = 1) -> Path:
+    """Write `folder/step-N`, unless it is there; older ones beyond `keep` (None: all are kept) are removed only once it
+    is complete, and so is what a killed process left half written.
 
     Raises:
         PosttrainError: when the disk is full or not writable; the previous checkpoint is untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{step:08d}"
+    target = at(folder, step)
     scratch = folder / f".writing-{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
+    for left in folder.glob(".writing-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    if complete(target):
+        return target
     try:
         scratch.mkdir()
         contiguous = {k: v.detach().contiguous() for k, v in {**tensors, **_rng_tensors()}.items()}
@@ -54,9 +59,22 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
                 f"cannot write the checkpoint {target}: {error}; free some space or choose another run folder"
             ) from error
         raise
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    if keep is not None:
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def keep_only(folder: Path, steps: Container[int]) -> None:
+    """Remove the checkpoints of all other steps."""
+    for found in folder.glob("step-*"):
+        if int(found.name.removeprefix("step-")) not in steps:
+            shutil.rmtree(found, ignore_errors=True)
+
+
+def at(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return folder / f"step-{step:08d}"
 
 
 def latest(folder: Path) -> Path | None:
@@ -76,7 +94,7 @@ def complete(checkpoint: Path) -> bool:
     try:
         state = json.loads((checkpoint / STATE).read_text())
         return bool((checkpoint / TENSORS).stat().st_size == state["bytes"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -99,8 +117,8 @@ def sync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text)
+    scratch = path.with_name(f".{path.name}.writing")
+    scratch.write_text(text, encoding="utf-8")
     sync(scratch)
     scratch.replace(path)
 

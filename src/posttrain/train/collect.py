@@ -102,7 +102,8 @@ class Online:
 
 
 def summarise(groups: Sequence[Group]) -> dict[str, float]:
-    """Means over the fresh rollouts: reward and its components, length, share cut off, share of undecided groups."""
+    """Means over the fresh rollouts: reward and its components, length, share cut off, and the share of groups that are
+    undecided, whose rewards differ."""
     members = [t for g in groups for t in g.trajectories]
     if not members:
         raise PosttrainError("a rollout returned no completion")
@@ -111,7 +112,7 @@ def summarise(groups: Sequence[Group]) -> dict[str, float]:
         "reward": sum(t.reward for t in members) / count,
         "length": sum(t.actions for t in members) / count,
         "truncated": sum(t.finish == "length" for t in members) / count,
-        "undecided": sum(float(g.rewards.max() - g.rewards.min()) < 1e-9 for g in groups) / len(groups),
+        "undecided": sum(float(g.rewards.max() - g.rewards.min()) > 1e-9 for g in groups) / len(groups),
     }
     for name in members[0].rewards:
         metrics[f"reward/{name}"] = sum(t.rewards[name] for t in members) / count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 
@@ -23,7 +22,3 @@ class ValueHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.linear(hidden.detach().float())[:, 0]
         return out
-
-
-def value_head(width: int, device: torch.device) -> ValueHead:
-    return ValueHead(width).to(device)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.models.causal import CausalPolicy
+from posttrain.models.causal import CausalPolicy, evaluating
 from posttrain.objective.batch import Batch, Totals
 from posttrain.objective.estimator import Loss
 from posttrain.objective.likelihood import Likelihood
@@ -29,6 +29,7 @@ from posttrain.train.signals import Reference, full_reference, supply
 from posttrain.train.track import Tracker
 from posttrain.trajectory import PosttrainError
 
+BEST = "best"
 Evaluator = Callable[["Trainer"], dict[str, float]]  # held-out figures; `heldout_accuracy` (or -`heldout_loss`) decides
 
 
@@ -80,8 +81,10 @@ class Trainer:
         self.folder, self.seed, self.evaluator, self.stop = folder, seed, evaluator, stop
         self.tracker = tracker or Tracker.silent()
         self.progress = Progress()
+        self._best_saved = -1  # the best step that the newest checkpoint speaks of
         self.total = self.settings.total_steps(source.rows)
         needs = self.objective.needs
+        self._check()
         wants_reference = needs & {"reference_logp", "reference_hidden", "mismatched_kl"}
         self.reference = Reference(policy) if wants_reference else None
         self.critic = self._make_critic() if method.critic else None
@@ -94,6 +97,32 @@ class Trainer:
         self._signals = needs
         if self.settings.updates > 1 or self.settings.minibatches > 1:
             self._signals = needs | {"old_logp"}
+
+    def _check(self) -> None:
+        """What can never work is refused before anything is computed."""
+        name, settings, rows = self.method.name, self.settings, self.source.rows
+        least = getattr(self.objective.advantage, "minimum_group", 1)
+        if self.method.online and settings.group < least:
+            raise PosttrainError(
+                f"{name}: group is {settings.group}; group-normalised advantages need at least {least} completions "
+                f"a prompt"
+            )
+        if self.method.online and settings.temperature == 0:
+            raise PosttrainError(f"{name}: temperature is 0, all completions of a prompt would be equal; raise it")
+        if "mismatched_kl" in self.objective.needs and min(settings.batch, rows) < 2:
+            raise PosttrainError(
+                f"{name} judges an answer against other rows': it needs 2 rows a step; got batch {settings.batch} "
+                f"and {rows} row{'s' if rows != 1 else ''} of data"
+            )
+        if settings.patience and not settings.evaluate_every:
+            raise PosttrainError(
+                f"{name}: patience is {settings.patience} and nothing is evaluated; set evaluate_every"
+            )
+        if settings.evaluate_every and self.evaluator is None:
+            raise PosttrainError(
+                f"{name}: evaluate_every is {settings.evaluate_every} and nothing is held out; give a task, or heldout "
+                f"with the data"
+            )
 
     def _make_critic(self) -> ValueHead:
         width = self.policy.head().weight.shape[1]
@@ -143,7 +172,7 @@ class Trainer:
         """Update the policy on a step's groups; returns the metrics."""
         begun = time.perf_counter()
         batch = Batch.of(collected.groups)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(self.policy.model):  # dropout is for the updates alone
             supply(
                 self._signals, batch, collected.groups, self.policy, self.reference, self.critic,
                 temperature=self._temperature, budget=self.settings.token_budget,
@@ -257,7 +286,8 @@ class Trainer:
         if self.progress.best is None or score > self.progress.best:
             self.progress.best, self.progress.best_step, self.progress.since_best = score, step, 0
             if self.settings.patience and self.folder is not None:
-                checkpoint.save(self.folder / "best", step, self._weights(), {})
+                checkpoint.save(self.folder / BEST, step, self._weights(), {}, keep=None)
+                checkpoint.keep_only(self.folder / BEST, {step, self._best_saved})
             return False
         self.progress.since_best += 1
         return bool(self.settings.patience and self.progress.since_best >= self.settings.patience)
@@ -265,10 +295,7 @@ class Trainer:
     def _restore_best(self) -> None:
         if not self.settings.patience or self.folder is None or self.progress.best_step in (-1, self.progress.step):
             return
-        found = checkpoint.latest(self.folder / "best")
-        if found is None:
-            return
-        tensors, _ = checkpoint.load(found)
+        tensors, _ = checkpoint.load(checkpoint.at(self.folder / BEST, self.progress.best_step))
         with torch.no_grad():
             for name, parameter in self.policy.trainable_parameters():
                 parameter.copy_(tensors[name])
@@ -285,13 +312,20 @@ class Trainer:
             return
         state = {"progress": self.progress.as_dict(), "sampler": self.source.sampler.state_dict()}
         checkpoint.save(self.folder, self.progress.step, self.optimizer.tensors(), state)
+        self._keep_best()
 
     def _resume(self) -> None:
         found = checkpoint.latest(self.folder) if self.folder is not None and self.folder.is_dir() else None
-        if found is None:
-            return
-        tensors, state = checkpoint.load(found)
-        self.optimizer.load_tensors(tensors)
-        self.source.sampler.load_state_dict(state["sampler"])
-        self.progress = Progress(**state["progress"])
-        self.tracker.resumed(self.progress.step)
+        if found is not None:
+            tensors, state = checkpoint.load(found)
+            self.optimizer.load_tensors(tensors)
+            self.source.sampler.load_state_dict(state["sampler"])
+            self.progress = Progress(**state["progress"])
+        self._keep_best()
+        self.tracker.starts(self.progress.step)
+
+    def _keep_best(self) -> None:
+        """Of the best weights, only those that the newest checkpoint speaks of (a later one may be of lost steps)."""
+        self._best_saved = self.progress.best_step
+        if self.folder is not None:
+            checkpoint.keep_only(self.folder / BEST, {self._best_saved})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.train.settings import Settings
+from posttrain.trajectory import PosttrainError
 
 
 def learning_rate(settings: Settings, step: int, total: int) -> float:
@@ -103,9 +104,15 @@ class MasterAdamW:
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `tensors` gave."""
         for name, master in zip(self.names, self.masters, strict=True):
-            master.copy_(tensors[f"weight/{name}"])
-            kept = {key: tensors[f"{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{key}/{name}" in tensors}  # fmt: skip
-            if kept:
-                self.adam.state[master] = kept
+            kept = tensors.get(f"weight/{name}")
+            if kept is None or kept.shape != master.shape:
+                found = "nothing" if kept is None else f"shape {list(kept.shape)}"
+                raise PosttrainError(
+                    f"the checkpoint holds {found} for {name}; expected {list(master.shape)}: it is of another model"
+                )
+            master.copy_(kept)
+            state = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                     if f"{key}/{name}" in tensors}  # fmt: skip
+            if state:
+                self.adam.state[master] = {key: t.to(master.device, copy=True) for key, t in state.items()}
         self.publish()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from posttrain.models.causal import CausalPolicy
+from posttrain.models.causal import CausalPolicy, evaluating
 from posttrain.objective.batch import Batch
 from posttrain.train.loop import Trainer
 from posttrain.train.signals import per_token, supply
@@ -16,18 +16,14 @@ from posttrain.trajectory import Group, Trajectory
 def heldout_loss(trainer: Trainer, groups: Sequence[Group]) -> float:
     """The method's own loss on rows it does not train on."""
     batch = Batch.of(groups)
-    training = trainer.policy.model.training
-    trainer.policy.model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(trainer.policy.model):
         supply(
             trainer.objective.needs, batch, groups, trainer.policy, trainer.reference, trainer.critic,
             temperature=1.0, budget=trainer.settings.token_budget,
         )  # fmt: skip
         trainer.objective.advantage.prepare(batch)
         parts = batch.split(trainer.settings.token_budget, keep_groups=trainer.objective.advantage.keep_groups)
-        value = sum(float(trainer.loss(part, batch.totals).value) for part in parts)
-    trainer.policy.model.train(training)
-    return value
+        return sum(float(trainer.loss(part, batch.totals).value) for part in parts)
 
 
 def sequence_scores(policy: CausalPolicy, trajectories: Sequence[Trajectory], budget: int = 4096) -> list[float]:

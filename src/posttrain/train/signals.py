@@ -80,15 +80,18 @@ def supply(
             batch.reference_logp = per_token(batch, budget, logp(frozen))
     if "mismatched_kl" in needs:
         assert reference is not None
-        other = mismatched(groups)
+        other = mismatched(groups, policy.max_length)
         theirs = per_token(other, budget, logp(policy))
         with reference.active() as frozen:
             base = per_token(other, budget, logp(frozen))
         batch.extras["mismatched_kl"] = other.sum(theirs - base).mean().expand(batch.target.numel()).clone()
 
 
-def mismatched(groups: Sequence[Group]) -> Batch:
-    """Each row's prompt with the next row's answer: what the policy thinks of answers that do not belong."""
+def mismatched(groups: Sequence[Group], limit: int) -> Batch:
+    """Each row's prompt with the next row's answer: what the policy thinks of answers that do not belong.
+
+    Answers are cut where the two together exceed `limit` tokens, the model's context.
+    """
     rows = [t for group in groups for t in group.trajectories]
     if len(rows) < 2:
         raise PosttrainError("KTO needs at least 2 rows a step to pair prompts with other answers; raise batch")
@@ -97,7 +100,7 @@ def mismatched(groups: Sequence[Group]) -> Batch:
         prompt, answer = row.tokens[: row.prompt_length], other.tokens[other.prompt_length :]
         tokens = torch.cat([prompt, answer])
         mask = torch.cat([torch.zeros(len(prompt), dtype=torch.bool), other.action_mask[other.prompt_length :]])
-        shuffled.append(Group([Trajectory(tokens, mask)]))
+        shuffled.append(Group([Trajectory(tokens[:limit], mask[:limit])]))
     return Batch.of(shuffled)
 
 

@@ -6,10 +6,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from posttrain.train.checkpoint import write_text
 from posttrain.trajectory import Group
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -21,15 +22,23 @@ class Tracker:
     """Writes what a stage reports to the run folder and shows it.
 
     With a terminal the display is a live bar with rate and time left; otherwise a plain line now and then.
+    keep: where notes go that a reader of the report must see.
     """
 
     def __init__(
-        self, folder: Path | None, stage: int, name: str, total: int, *, show: bool = True, out: TextIO | None = None
+        self,
+        folder: Path | None,
+        stage: int,
+        name: str,
+        total: int,
+        *,
+        show: bool = True,
+        out: TextIO | None = None,
+        keep: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.folder, self.stage, self.name, self.total = folder, stage, name, total
         self.out = out or sys.stderr
-        self.show = show
-        self.notes: list[str] = []
+        self.show, self.keep = show, keep
         self._begun, self._first_step, self._line_at = time.monotonic(), 0, 0.0
         self._bar: Any = None
         self._task: Any = None
@@ -57,15 +66,17 @@ class Tracker:
 
     def note(self, text: str) -> None:
         """Something a reader of the report must know."""
-        self.notes.append(text)
-        self._print(text)
+        self.keep(f"{self.name}: {text}")
+        self._print(f"{self.name}: {text}")
 
-    def resumed(self, step: int) -> None:
-        """Forget what was logged after the checkpoint: those steps are done again."""
+    def starts(self, step: int) -> None:
+        """Training goes on from a step (0: from the stage's start); what a killed process logged after it goes, since
+        those steps are done again."""
         self._first_step = step
         for file in (METRICS, SAMPLES):
             self._truncate(file, step)
-        self._print(f"{self.name}: resumed at step {step} of {self.total}")
+        if step:
+            self._print(f"{self.name}: resumed at step {step} of {self.total}")
 
     # -- display -----------------------------------------------------------------------------------------------------
 
@@ -132,17 +143,24 @@ class Tracker:
     def _truncate(self, name: str, step: int) -> None:
         if self.folder is None or not (file := self.folder / name).is_file():
             return
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        kept = [
+            line
+            for line, record in json_lines(file)
+            if record["stage"] < self.stage or (record["stage"] == self.stage and record["step"] <= step)
+        ]
+        write_text(file, "".join(kept))
+
+
+def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a file and what they hold, without one that a killed process was writing."""
+    with file.open(encoding="utf-8", newline="\n") as lines:  # completions may hold any other end of a line
+        for line in lines:
             try:
                 record = json.loads(line)
             except ValueError:
-                continue  # the killed process was writing this line
-            if record["stage"] < self.stage or (record["stage"] == self.stage and record["step"] <= step):
-                kept.append(line)
-        scratch = file.with_suffix(".tmp")
-        scratch.write_text("".join(kept), encoding="utf-8")
-        scratch.replace(file)
+                continue
+            if line.endswith("\n"):
+                yield line, record
 
 
 def sample_row(

@@ -1,0 +1,58 @@
+# Everything a stranger needs: `make demo`, `make test`. The first call makes .venv and installs; later ones do not.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+
+.PHONY: help demo test test-browser lint format bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(VENV)/.base  ## post-train SmolLM2-135M on arithmetic and prove that it got better (about 10 minutes on two cores)
+	@$(BIN)/posttrain run examples/demo.yaml
+
+test: $(VENV)/.test  ## the test suite, without the browser test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not browser" tests
+
+test-browser: $(VENV)/.browser  ## open a report in headless Chromium (needs chromium and chromedriver)
+	$(BIN)/python -m pytest -m browser tests/report
+
+lint: $(VENV)/.lint  ## ruff, mypy, and the table of rooms
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.lint  ## let ruff lay the code out
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks
+
+bench: $(VENV)/.test  ## speed and memory beside TRL, in turn in one run (about an hour on two cores)
+	$(BIN)/python -m benchmarks.run
+
+clean:  ## remove the virtual environment and build leftovers (runs/ stays)
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch goes first and pinned: an unpinned one brings gigabytes of CUDA packages to machines without a GPU
+$(VENV)/.base: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "posttrain needs Python 3.11 or newer; $(PYTHON) is `$(PYTHON) --version 2>&1`. Try: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "installing into $(VENV) (once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.test
+	$(PIP) --editable '.[test,browser]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(PIP) --editable '.[test,browser,lint]'
+	@touch $@

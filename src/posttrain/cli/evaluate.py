@@ -1,0 +1,133 @@
+"""`posttrain evaluate`: a model on the held-out problems of a task, and beside another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from posttrain.cli.inline import inline
+
+if TYPE_CHECKING:
+    from posttrain.evaluate.evaluation import Evaluation
+    from posttrain.evaluate.statistics import Paired
+    from posttrain.evaluate.task import Task
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A bundled name, folder, GGUF file or hub id.", show_default=False)],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="A reasoning-gym name, a file, or YAML: '{reasoning_gym: chain_sum, terms: [2, 3]}'.",
+            show_default=False,
+        ),
+    ],
+    samples: Annotated[int, typer.Option(help="Completions a problem; greedy with one.")] = 1,
+    holdout: Annotated[int | None, typer.Option(help="Only the first problems.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of a completion (default: the task's).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling (default: 0 with one sample, else 1).")] = None,
+    k: Annotated[str, typer.Option(metavar="K,K...", help="Which pass@k to estimate: 1,4.")] = "1",
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write everything found to a file.")] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL|FILE.json", help="Compare with another model, or with a file written.")
+    ] = None,
+) -> None:
+    """Measure a model on the held-out problems of a task."""
+    from posttrain.evaluate.evaluation import compare
+    from posttrain.evaluate.tasks import task_from
+
+    measure = _Measure(task_from(inline("--task", task)), samples, holdout, max_tokens, temperature, _ks(k), seed)
+    written = _read(Path(against)) if against is not None and against.endswith(".json") else None
+    found = measure(model)
+    print(found.summary() if against is None else f"{model}: {found.summary()}", flush=True)
+    if output is not None:
+        _write(output, found)
+    if against is not None:
+        other = written or measure(against)
+        print(f"{against}: {other.summary()}")
+        print(in_words(model, against, compare(other, found), found.level))
+
+
+def in_words(model: str, other: str, paired: Paired, level: float) -> str:
+    """What a comparison says: how much better `model` is than `other`, or that nothing is clear."""
+    points = 100 * paired.difference
+    interval = f"{100 * level:g}% interval {100 * paired.low:+.1f} to {100 * paired.high:+.1f}"
+    evidence = f"{interval}, p = {paired.pvalue:.3g} ({paired.test}, n={paired.n})"
+    if paired.pvalue >= 1 - level:
+        return f"no clear difference: {model} minus {other} is {points:+.1f} points, {evidence}"
+    word = "better" if points > 0 else "worse"
+    return f"{model} is {word} than {other} by {abs(points):.1f} points: {evidence}"
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """One way to evaluate, for one model or two."""
+
+    task: Task
+    samples: int
+    limit: int | None
+    max_tokens: int | None
+    temperature: float | None
+    ks: tuple[int, ...]
+    seed: int
+
+    def __call__(self, model: str) -> Evaluation:
+        from posttrain.evaluate.evaluate import evaluate
+        from posttrain.models.load import load
+        from posttrain.rollout.engine_choice import engine_for
+        from posttrain.terminal import Counter
+        from posttrain.train.scoring import sequence_scores
+
+        sampling, temperature = self.task.sampling, self.temperature
+        if temperature is None:
+            temperature = 0.0 if self.samples == 1 else sampling.temperature or 1.0
+        max_tokens = sampling.max_tokens if self.max_tokens is None else self.max_tokens
+        sampling = replace(sampling, temperature=temperature, max_tokens=max_tokens)
+        policy = load(model)
+        with Counter(f"evaluating {model}") as progress:
+            return evaluate(
+                engine_for(policy),
+                policy.tokenizer,
+                self.task,
+                samples=self.samples,
+                sampling=sampling,
+                limit=self.limit,
+                ks=self.ks,
+                seed=self.seed,
+                progress=progress,
+                likelihood=lambda trajectories: sequence_scores(policy, trajectories),
+            )
+
+
+def _ks(text: str) -> tuple[int, ...]:
+    from posttrain.trajectory import PosttrainError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise PosttrainError(f"--k {text}: expected whole numbers, as in 1,4") from None
+
+
+def _read(file: Path) -> Evaluation:
+    from posttrain.evaluate.evaluation import Evaluation
+    from posttrain.trajectory import PosttrainError
+
+    try:
+        return Evaluation.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PosttrainError(f"--against {file}: cannot be read: {error}") from None
+    except PosttrainError as error:
+        raise PosttrainError(f"--against {file}: {error}; give what posttrain evaluate --output wrote") from None
+
+
+def _write(file: Path, found: Evaluation) -> None:
+    from posttrain.trajectory import PosttrainError
+
+    try:
+        file.write_text(found.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise PosttrainError(f"--output {file}: cannot be written: {error.strerror or error}") from error

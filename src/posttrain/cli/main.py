@@ -1,0 +1,116 @@
+"""The command line: one file a command, put together here, and what becomes of errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from posttrain.cli import chat, evaluate, methods, models, report, run, train
+from posttrain.cli.quiet import quiet
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+app = typer.Typer(
+    name="posttrain",
+    help="Post-training of language models: make a model better at a task, and see that it got better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("chat")(chat.chat)
+app.command("report")(report.report)
+app.add_typer(methods.app, name="methods")
+app.add_typer(models.app, name="models")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from posttrain import __version__
+
+        print(f"posttrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code.
+
+    0: done. 1: an error, told in one line; one that is no fault of the user's is shown with its traceback. 2: a mistake
+    in the command line. 130: interrupted.
+    """
+    quiet()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its number
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # whoever read the output has gone, as in `posttrain methods list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        told = _expected(error)
+        if told is not None:
+            return told
+        traceback.print_exc()
+        return _fail("this is a fault of posttrain's own; please report it with the lines above", 1)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        typer.main.get_command(app).main(None if arguments is None else list(arguments), prog_name="posttrain")
+    except SystemExit as end:
+        if end.code == 130:
+            raise KeyboardInterrupt from None
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _expected(error: Exception) -> int | None:
+    """Tell an error that the user can mend in one line, and return the exit code; None for any other."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(f"error: cannot write{where}: {error.strerror}; free some space and try again", 1)
+    if "posttrain.trajectory" not in sys.modules:  # where PosttrainError stands; importing it brings torch
+        return None
+    from posttrain.trajectory import PosttrainError
+
+    if not isinstance(error, PosttrainError):
+        return None
+    run_module = sys.modules.get("posttrain.run")
+    if run_module is not None and isinstance(error, run_module.Interrupted):
+        return _fail(str(error), 130)
+    return _fail(f"error: {error}", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    from posttrain.terminal import one_line
+
+    print(f"posttrain: {one_line(message)}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
