@@ -54,7 +54,7 @@ def test_the_names_of_the_package_are_functions() -> None:
     assert callable(posttrain.train)
     assert callable(posttrain.evaluate)
     with pytest.raises(AttributeError, match="has no attribute 'trane'"):
-        _ = posttrain.trane  # type: ignore[attr-defined]
+        _ = posttrain.trane
 
 
 def test_a_pipeline_on_a_task(tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def test_short_forms(tmp_path: Path) -> None:
         ("steps: 2", "steps: 0", "recipe.yaml:8: steps is 0; expected at least 1"),
         ("steps: 2", "clip: wide", "recipe.yaml:8: clip is 'wide'; input should be a valid number"),
         ("steps: 2", "budget: soon", "recipe.yaml:8: budget is 'soon'; expected a duration such as 90s, 10m or 1h"),
+        ("steps: 2", "budget: 0s", "recipe.yaml:8: budget is 0; expected more (nothing would be trained)"),
+        ("epochs: 1", "epochs: 0", "recipe.yaml:6: epochs is 0; expected more (nothing would be trained)"),
         ("steps: 2", "warmup: 2", "recipe.yaml:8: warmup is 2.0; expected a share of the steps between 0 and 1"),
         ("steps: 2", "top_p: 3", "recipe.yaml:8: sampling: top_p is 3.0; expected a number from 0 to 1"),
         ("steps: 2", "reward: exact_mach", "recipe.yaml:8: unknown verifier 'exact_mach'; did you mean exact_match"),

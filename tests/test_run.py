@@ -261,6 +261,34 @@ def test_a_finished_run_is_returned_at_once(model: str, tmp_path: Path, monkeypa
     assert {name for name in before if before[name] != after[name]} <= {"report.html"}
 
 
+def test_a_run_goes_on_only_from_the_weights_it_started_from(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model trained in memory, stopped and given again would be its own reference."""
+    from posttrain.train.loop import Trainer
+
+    found = recipe(model, {"dpo": {**FAST, "steps": 4, "batch": 4, "checkpoint_every": 1, "data": {"source": PAIRS}}})
+    whole = go(found, tmp_path / "whole", policy=CausalPolicy(make_model(), make_tokenizer(), model))
+    real = Trainer.step
+
+    def step(self: Trainer, collected: Any) -> dict[str, float]:
+        if self.progress.step == 2:
+            raise ZeroDivisionError
+        return real(self, collected)
+
+    policy = CausalPolicy(make_model(), make_tokenizer(), model)
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(ZeroDivisionError):
+        go(found, tmp_path / "run", policy=policy)
+    monkeypatch.setattr(Trainer, "step", real)
+    with pytest.raises(PosttrainError, match=r"run did not start from these weights of .*; load the model anew"):
+        go(found, tmp_path / "run", policy=policy, resume=True)
+    run = resume_run(tmp_path / "run", show=False)  # loads it anew
+    assert (run.folder / "model" / "model.safetensors").read_bytes() == (
+        whole.folder / "model" / "model.safetensors"
+    ).read_bytes()
+
+
 def test_default_folders_differ(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     runs = [execute(small(model, steps=1), show=False).folder for _ in range(2)]

@@ -298,7 +298,11 @@ def checked_settings(given: Mapping[str, Any], place: Place = (), where: Where |
     _known(given, NAMES, place, where)
     hints = get_type_hints(Settings)
     values = {k: seconds(v, (*place, k), where) if k == "budget" and v is not None else v for k, v in given.items()}
-    return {k: _typed(hints[k], v, (*place, k), where) for k, v in values.items()}
+    values = {k: _typed(hints[k], v, (*place, k), where) for k, v in values.items()}
+    for key in ("epochs", "budget"):
+        if values.get(key) == 0:
+            raise where.error((*place, key), f"{key} is 0; expected more (nothing would be trained)")
+    return values
 
 
 def seconds(value: Any, place: Place = (), where: Where | None = None) -> float:

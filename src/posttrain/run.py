@@ -91,18 +91,18 @@ def execute(
     task = recipe.built_task()
     with _room(where):
         memory = RunFolder.open(where, recipe, resume=resume, command=command, task=task)
-        with memory.locked():
+        with memory.locked(), _stop_on_signal(say) as stop:
             try:
-                with _stop_on_signal(say) as stop:
-                    return _Execution(recipe, memory, task, say, show, stop).all(policy)
-            except (Interrupted, KeyboardInterrupt) as error:
-                with suppress(OSError):  # on a full disk, too, the user is told how to go on
-                    memory.save(status="interrupted")
-                    build(where)
-                if isinstance(error, Interrupted):
-                    raise
-                raise Interrupted(f"stopped; what is finished is kept; {_how_to_go_on(where)}") from None
+                return _Execution(recipe, memory, task, say, show, stop).all(policy)
             except BaseException as error:
+                # an interrupt in the middle of an import comes out of some libraries as another error
+                if isinstance(error, Interrupted | KeyboardInterrupt) or stop.interrupted:
+                    with suppress(OSError):  # on a full disk, too, the user is told how to go on
+                        memory.save(status="interrupted")
+                        build(where)
+                    if isinstance(error, Interrupted):
+                        raise
+                    raise Interrupted(f"stopped; what is finished is kept; {_how_to_go_on(where)}") from None
                 with suppress(OSError):  # on a full disk the error itself is what the user must see
                     memory.save(status="failed")
                     memory.note(f"{FAILED}{str(error) or type(error).__name__}")
@@ -187,10 +187,11 @@ class _Execution:
         """The policy as the last finished stage left it."""
         spec = self.recipe.model
         if done < 0:
-            if given is not None:
-                return given
-            self.say(f"loading {spec.id}")
-            return load(**{("model" if k == "id" else k): v for k, v in spec.model_dump().items()})
+            if given is None:
+                self.say(f"loading {spec.id}")
+                given = load(**{("model" if k == "id" else k): v for k, v in spec.model_dump().items()})
+            self.memory.starts_from(given)
+            return given
         where = self.memory.stage_model(done)
         found = load(where, precision=spec.precision, device=spec.device, trust_remote_code=spec.trust_remote_code)
         found.name = spec.id
@@ -203,9 +204,8 @@ class _Execution:
         from transformers import set_seed
 
         settings = self.recipe.stages[i].method.settings
-        set_seed(
-            (self.recipe.seed * 1_000 + i) % (1 << 32)
-        )  # of torch, numpy and Python: user-written rewards may draw from any
+        # of torch, numpy and Python, since a user's reward may draw from any
+        set_seed((self.recipe.seed * 1_000 + i) % (1 << 32))
         if not settings.lora:
             policy.model.requires_grad_(True)
             self._train(i, policy)
@@ -362,13 +362,14 @@ class _Stop:
     """
 
     def __init__(self, say: Say) -> None:
-        self.say, self.asked, self.patient = say, False, False
+        self.say, self.asked, self.patient, self.interrupted = say, False, False, False
 
     def __call__(self) -> bool:
         return self.asked
 
     def signalled(self, number: int, frame: object) -> None:
         if self.asked or not self.patient:
+            self.interrupted = True
             raise KeyboardInterrupt
         self.asked = True
         self.say("stopping after this step, with a checkpoint (press Ctrl-C again to stop at once)")

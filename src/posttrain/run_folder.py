@@ -7,6 +7,7 @@ once: small files are replaced whole, a model folder is renamed into place when 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -139,6 +140,16 @@ class RunFolder:
 
     # -- models ------------------------------------------------------------------------------------------------------
 
+    def starts_from(self, policy: CausalPolicy) -> None:
+        """Write down which weights the run starts from, or refuse others: its reference would be another model."""
+        found = _fingerprint(policy)
+        if self.values.get("start", found) != found:
+            raise PosttrainError(
+                f"{self.path} did not start from these weights of {policy.name} (trained since, or in another "
+                f"precision?); load the model anew to resume"
+            )
+        self.save(start=found)
+
     @property
     def model(self) -> Path:
         return self.path / "model"
@@ -205,6 +216,15 @@ class RunFolder:
         fresh = {identity(row) for row in rows}
         kept = [line for line, row in json_lines(file) if identity(row) not in fresh] if file.is_file() else []
         write_text(file, "".join([*kept, *(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)]))
+
+
+def _fingerprint(policy: CausalPolicy) -> str:
+    """A digest of up to a thousand entries of every parameter."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in policy.model.named_parameters():
+        some = parameter.detach().flatten()[:: max(1, parameter.numel() // 1000)]
+        digest.update(name.encode() + some.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _opening(file: Path) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
+import select
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ from commands import Result, call, make_folder
 
 from conftest import make_tokenizer
 from posttrain.models.causal import CausalPolicy
+from posttrain.models.load import load
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +29,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompts as the model got them."""
     prompts: list[str] = []
-    load_ = sys.modules["posttrain.models.load"].load if "posttrain.models.load" in sys.modules else None
-    if load_ is None:
-        from posttrain.models.load import load as load_
 
-    def load(model: str) -> CausalPolicy:
-        policy = load_(model)
+    def listening_load(model: str) -> CausalPolicy:
+        policy = load(model)
         generate = policy.model.generate
 
         def listening(tokens, **options):
-            prompts.append(policy.tokenizer.decode(tokens[0]))
+            prompts.append(str(policy.tokenizer.decode(tokens[0])))
             return generate(tokens, **options)
 
         policy.model.generate = listening
         return policy
 
-    monkeypatch.setattr("posttrain.models.load.load", load)
+    monkeypatch.setattr("posttrain.models.load.load", listening_load)
     return prompts
 
 
@@ -104,9 +105,6 @@ def test_the_models_own_generation_settings_do_not_matter(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path
 ) -> None:
     """Else chat would not show the distribution that was trained."""
-    import json
-    import shutil
-
     other = shutil.copytree(tiny, tmp_path / "other")
     file = other / "generation_config.json"
     settings = json.loads(file.read_text())
@@ -124,34 +122,17 @@ def test_control_characters_of_a_model_are_shown_not_obeyed(
     evil = "\x1b[2J\x1b]0;owned\x07[bold]\r\x9b1m\n\tok"
     tokens = make_tokenizer().encode(evil, add_special_tokens=False)
 
-    def generate(self, prompt, streamer, **options):
-        for token in [*prompt[0].tolist(), *tokens]:
+    def generate(model, prompt, attention_mask, streamer):
+        streamer.put(prompt)
+        for token in tokens:
             streamer.put(torch.tensor([token]))
         streamer.end()
         return torch.cat([prompt, torch.tensor([tokens])], 1)
 
-    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", _first_put_is_the_prompt(generate))
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", generate)
     done = chat(capsys, monkeypatch, tiny, "hi\n")
     assert done.code == 0
     assert done.out == "\\x1b[2J\\x1b]0;owned\\x07[bold]\\x0d\\x9b1m\n\tok\n"
-
-
-def _first_put_is_the_prompt(generate):
-    """A streamer is given the prompt whole, and then token by token."""
-
-    def generating(self, prompt, streamer, **options):
-        streamer.put(prompt)
-        return generate(self, prompt[:, :0], streamer, **options) if False else _rest(generate, self, prompt, streamer)
-
-    return generating
-
-
-def _rest(generate, self, prompt, streamer):
-    import torch
-
-    empty = prompt[:, :0]
-    found = generate(self, empty, streamer)
-    return torch.cat([prompt, found], 1)
 
 
 def test_a_conversation_longer_than_the_context(
@@ -208,24 +189,26 @@ def test_on_a_terminal(tiny: Path) -> None:
     """A prompt to write at, an error that does not end the conversation, and Ctrl-D that does."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "posttrain.cli.main", "chat", str(tiny), "--max-tokens", "3"]
-    with subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "dumb"}
-    ) as process:
+    environment = {**os.environ, "TERM": "dumb"}
+    with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
-        os.write(ours, b"hello\n" + b"word " * 80 + b"\n/reset\nhello again\n\x04")
-        said = b""
-        while True:
-            try:
-                part = os.read(ours, 4096)
-            except OSError:  # the other side is closed
-                break
-            if not part:
-                break
-            said += part
+        said = []
+        for typed in (b"hello\n", b"word " * 80 + b"\n", b"/reset\n", b"hello again\n", b"\x04"):
+            said.append(_until_prompt(ours))
+            os.write(ours, typed)
         assert process.wait(60) == 0, said
     os.close(ours)
-    text = said.decode(errors="replace")
-    assert "/reset forgets the conversation" in text
-    assert text.count("> ") >= 4
-    assert "the model's context is 256: /reset it, or write less" in text
-    assert "Traceback" not in text
+    greeting, _reply, refusal, reset, _second = said
+    assert "/reset forgets the conversation" in greeting
+    assert "the model's context is 256: /reset it, or write less" in refusal
+    assert "context" not in reset
+    assert not any("Traceback" in text for text in said)
+
+
+def _until_prompt(terminal: int) -> str:
+    """What the terminal shows up to the next prompt."""
+    said = b""
+    while not said.endswith(b"> "):
+        assert select.select([terminal], [], [], 60)[0], said
+        said += os.read(terminal, 4096)
+    return said.decode(errors="replace")

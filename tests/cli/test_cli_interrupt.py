@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from commands import call, make_folder, status, weights, write_recipe, write_reward, write_rows
 
+from posttrain.trajectory import PosttrainError
+
 STEPS = {"steps": 4, "batch": 1, "group": 2, "max_tokens": 3}
 
 
@@ -51,8 +53,8 @@ def test_ctrl_c_in_a_process_of_its_own(
     reward = write_reward(tmp_path, "slow", 3, "pathlib.Path('training').touch(); time.sleep(1)")
     recipe = write_recipe(tmp_path, tiny, {"grpo": {**STEPS, "reward": reward}})
     command = [sys.executable, "-m", "posttrain.cli.main", "run", str(recipe), "--output", "my run"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stderr is not None
         said = []
         for line in process.stderr:
@@ -114,6 +116,25 @@ def test_stopping_an_evaluation(
     assert (done.code, done.out) == (130, "")
     assert done.error.startswith("stopped; what is finished is kept; go on with: ")
     assert (tmp_path / "out" / "model").exists() == (call_number == 6)
+    go_on(capsys, done.error)
+
+
+def test_an_interrupt_that_a_library_makes_another_error_of(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `transformers` does when it is interrupted in the middle of an import."""
+
+    def loading(**options: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise PosttrainError("cannot load: could not import module") from None
+
+    with monkeypatch.context() as patched:
+        patched.setattr("posttrain.run.load", loading)
+        done = call(capsys, "run", write_recipe(tmp_path, tiny), "--output", tmp_path / "out")
+    assert done.code == 130
+    assert done.error.startswith("stopped; what is finished is kept; go on with: ")
     go_on(capsys, done.error)
 
 

@@ -130,7 +130,7 @@ def test_data_goes_to_the_stages_that_learn_from_rows(
         (["grpo", "--task", "chain_sum", "--data", "x.jsonl"], "--data: every stage samples completions on the task's"),
         (
             ["grpo", "--task", "chain_sum", "--reward", "exact_mach"],
-            "unknown verifier 'exact_mach'; did you mean exact",
+            "unknown verifier 'exact_mach'; did you mean",
         ),
         (["grpo", "--task", "chain_sum", "--set", "group=1"], "--set group=1: grpo compares completions of a prompt;"),
         (["sfft", "--task", "chain_sum"], "unknown method 'sfft'; did you mean sft?"),

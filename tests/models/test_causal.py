@@ -132,6 +132,25 @@ def test_a_window_that_is_not_told_to_attention_does_not_pack(tiny_tokenizer, mo
     assert not policy.packs
 
 
+def test_chunks_longer_than_the_probe_do_not_pack(tiny_tokenizer):
+    policy = make_policy("llama4", tiny_tokenizer, attention_chunk_size=40)
+    assert "chunked_attention" in policy.model.config.layer_types
+    assert not policy.packs
+
+
+def test_a_layer_that_does_not_attend_where_others_do_is_not_trusted(tiny_tokenizer):
+    """Packed and padded agree on the probe; what that layer does with longer rows is not known."""
+    policy = make_policy("llama", tiny_tokenizer)
+
+    class Elsewhere(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, **options: object) -> tuple[torch.Tensor, None]:
+            return hidden_states, None
+
+    policy.model.model.layers[1].self_attn = Elsewhere()
+    assert not policy.packs
+    assert_same_computation(policy, ragged_batch())
+
+
 def test_a_head_of_an_unknown_kind_is_refused(tiny_tokenizer):
     policy = make_policy("llama", tiny_tokenizer)
     policy.model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)

@@ -83,7 +83,7 @@ def serve() -> None:
         importlib.import_module(heavy)
     import posttrain.run
 
-    posttrain.run.build = lambda folder: folder / "report.html"  # the report is no part of the state
+    vars(posttrain.run)["build"] = lambda folder: folder / "report.html"  # the report is no part of the state
     print("ready", flush=True)
     for line in sys.stdin:
         child = os.fork()

@@ -15,6 +15,7 @@ import torch
 from tiny_training import (
     demonstrations,
     feedback,
+    make_dropout_policy,
     make_policy,
     offline,
     online,
@@ -27,6 +28,7 @@ from posttrain import methods
 from posttrain.models.adapters import add_lora
 from posttrain.models.causal import CausalPolicy
 from posttrain.objective.batch import Batch
+from posttrain.objective.likelihood import Likelihood
 from posttrain.train.collect import Collected
 from posttrain.train.loop import Trainer
 from posttrain.train.method import Method
@@ -154,7 +156,7 @@ def test_log_probabilities_are_taken_at_the_sampling_temperature(temperature: fl
 def test_offline_log_probabilities_are_the_models_own() -> None:
     trainer = offline(methods.sft().with_settings(temperature=0.5, batch=4), demonstrations())
     collected = trainer.source.collect(0)
-    expected = trainer.policy.log_likelihood(Batch.of(collected.groups)).logp.mean()
+    expected = trainer.policy.log_likelihood(Batch.of(collected.groups)).logp.detach().mean()
     assert trainer.step(collected)["logp"] == pytest.approx(float(expected), abs=1e-5)
 
 
@@ -341,15 +343,6 @@ def test_a_second_model_is_held_only_where_it_is_needed(
 # -- evaluation and early stopping -------------------------------------------------------------------------------------
 
 
-def dropout_policy() -> CausalPolicy:
-    from tiny_training import TOKENIZER
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259, "n_positions": 128}
-    return CausalPolicy(GPT2LMHeadModel(GPT2Config(**size, bos_token_id=1, eos_token_id=2)), TOKENIZER, "gpt2")
-
-
 def measuring(trainer: Trainer) -> dict[str, float]:
     """Samples and likelihoods on the side, as a real evaluation does."""
     from tiny_training import prompts
@@ -370,7 +363,7 @@ def test_evaluating_does_not_change_training(name: str) -> None:
     ends = []
     for every in (0, 1):
         method = EVERY[name].with_settings(**{**SHORT, **FAST, "steps": 4}, evaluate_every=every)
-        trainer = trainer_for(method, dropout_policy(), evaluator=measuring)
+        trainer = trainer_for(method, make_dropout_policy(), evaluator=measuring)
         torch.manual_seed(5)
         trainer.run()
         assert not trainer.policy.model.training
@@ -379,18 +372,22 @@ def test_evaluating_does_not_change_training(name: str) -> None:
 
 
 def test_signals_are_computed_without_dropout_and_updates_with_it() -> None:
-    trainer = offline(methods.dpo().with_settings(**SHORT, **FAST), pairs(), dropout_policy())
+    trainer = offline(methods.dpo().with_settings(**SHORT, **FAST), pairs(), make_dropout_policy())
     found = records(trainer)
     trainer.run()
     assert found[0]["margin"] != pytest.approx(0, abs=1e-3), "the policy's own pass has dropout"
-    seen = []
-    trainer = online(methods.ppo().with_settings(**SHORT), dropout_policy())
+    seen = set()
+    trainer = online(methods.ppo().with_settings(**SHORT), make_dropout_policy())
     trainer.policy.model.train()
     likelihood = trainer.policy.log_likelihood
-    trainer.policy.log_likelihood = lambda *a, **k: (  # type: ignore[method-assign]
-        seen.append((torch.is_grad_enabled(), trainer.policy.model.training)), likelihood(*a, **k))[1]  # fmt: skip
+
+    def watched(*arguments: Any, **options: Any) -> Likelihood:
+        seen.add((torch.is_grad_enabled(), trainer.policy.model.training))
+        return likelihood(*arguments, **options)
+
+    trainer.policy.log_likelihood = watched  # type: ignore[method-assign]
     trainer.step(trainer.source.collect(0))
-    assert set(seen) == {(False, False), (True, True)}
+    assert seen == {(False, False), (True, True)}
 
 
 def scripted(scores: list[float], key: str = "heldout_accuracy") -> Callable[[Trainer], dict[str, float]]:
@@ -519,6 +516,24 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(weight: float, reas
     assert all(bool(t.isfinite().all()) for t in history[-1].values())
     assert [n.split(": ")[1] for n in notes] == ["step 1", "step 3"]
     assert all(reason in n and "skipped" in n for n in notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_of_a_skipped_update_is_left(dtype: torch.dtype) -> None:
+    """Its first micro-batches were fine: their gradients must not slip into the next update."""
+    ends = []
+    for spoiled in (True, False):
+        rows = demonstrations(6)
+        settings = {**FAST, "batch": 6, "token_budget": 1}
+        trainer = offline(methods.sft().with_settings(**settings), rows, make_policy(dtype=dtype))
+        if spoiled:
+            shortest = min(rows, key=lambda g: g.trajectories[0].length).trajectories[0]  # the last micro-batch
+            shortest.weight = float("nan")
+            assert math.isnan(trainer.step(Collected(rows))["loss"])
+            shortest.weight = 1.0
+        trainer.step(Collected(rows))
+        ends.append(weights(trainer.policy))
+    assert same(*ends)
 
 
 def test_too_many_skipped_in_a_row_stop_the_run_with_its_weights_intact() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from tiny_training import make_dropout_model
 
 from conftest import make_model, make_tokenizer
 
@@ -68,13 +68,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A tiny Llama, and a tiny GPT-2 whose dropout draws from the global generator at every step."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    size = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259, "n_positions": 128}
-    ends = {"bos_token_id": 1, "eos_token_id": 2}
-    dropout = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.0}
-    made = {"llama": make_model(), "gpt2": GPT2LMHeadModel(GPT2Config(**size, **ends, **dropout))}
+    made = {"llama": make_model(), "gpt2": make_dropout_model()}
     folder = tmp_path_factory.mktemp("models")
     for name, model in made.items():
         model.save_pretrained(folder / name)
@@ -148,6 +142,11 @@ def after_steps(folder: Path, mix: random.Random) -> Callable[[], bool]:
     return moment
 
 
+def at_the_first_line(folder: Path, mix: random.Random) -> Callable[[], bool]:
+    """When something was logged and no checkpoint may be there yet."""
+    return lambda: lines(folder / "metrics.jsonl") > 0
+
+
 def while_writing(folder: Path, mix: random.Random) -> Callable[[], bool]:
     """In the middle of writing a checkpoint, not always the first."""
     passing = mix.randrange(1, 4)
@@ -194,7 +193,7 @@ def moments(recipe: dict[str, Any], folder: Path, mix: random.Random) -> Iterato
     """Moments to kill at: at first when it matters most, then while training, at last around the saving of models."""
     evaluating = [evaluated] if "task" in recipe else []
     training = [*OFTEN, *OFTEN, *mix.sample(OFTEN * 2, 3)]
-    for make in (at_once, *evaluating, *training, saving_model, *evaluating, model_saved):
+    for make in (at_once, *evaluating, at_the_first_line, *training, saving_model, *evaluating, model_saved):
         yield make(folder, mix)
 
 

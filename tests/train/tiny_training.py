@@ -25,6 +25,20 @@ def make_policy(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
     return CausalPolicy(make_model(seed, **config).to(dtype), TOKENIZER, "tiny")
 
 
+def make_dropout_model(seed: int = 0) -> Any:
+    """A tiny GPT-2, whose dropout draws from the global generator in every training pass."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    size: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 259, "n_positions": 128}
+    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+    return GPT2LMHeadModel(GPT2Config(**size, **ends, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.0))
+
+
+def make_dropout_policy() -> CausalPolicy:
+    return CausalPolicy(make_dropout_model(), TOKENIZER, "gpt2")
+
+
 def _rows(rows: list[dict[str, Any]], kind: str) -> list[Group]:
     return load_dataset(rows, TOKENIZER, kind=kind, chat=False).groups
 

@@ -127,11 +127,13 @@ class _Talk:
                 f"the conversation has {len(tokens)} tokens and the model's context is {self.policy.max_length}: "
                 f"/reset it, or write less"
             )
+        # in place of the model's own configuration, which would add its preferences (penalties, truncation) to what is
+        # set here: chat shows the distribution that was trained
+        self.policy.model.generation_config = self._config(min(room, self.sampling.max_tokens))
         with torch.inference_mode():
             found = self.policy.model.generate(
                 tokens[None],
                 attention_mask=torch.ones_like(tokens)[None],
-                generation_config=self._config(min(room, self.sampling.max_tokens)),
                 streamer=_printer(self.policy.tokenizer),
             )
         print(flush=True)
@@ -146,7 +148,6 @@ class _Talk:
         return GenerationConfig(
             max_new_tokens=max_tokens,
             do_sample=drawn,
-            repetition_penalty=1.0,  # the model's own distribution, whatever its generation_config.json prefers
             eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else None,
             **options,

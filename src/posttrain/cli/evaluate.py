@@ -125,9 +125,13 @@ def _read(file: Path) -> Evaluation:
 
 
 def _write(file: Path, found: Evaluation) -> None:
+    from posttrain.train.checkpoint import write_text
     from posttrain.trajectory import PosttrainError
 
     try:
-        file.write_text(found.to_json(), encoding="utf-8")
+        if file.exists() and not file.is_file():  # a pipe or a device
+            file.write_text(found.to_json(), encoding="utf-8")
+        else:
+            write_text(file, found.to_json())  # whole or not at all: what was there stays if the disk is full
     except OSError as error:
         raise PosttrainError(f"--output {file}: cannot be written: {error.strerror or error}") from error

@@ -192,11 +192,11 @@ class CausalPolicy:
     def _every_layer_known(self, captured: dict[int, LayerState]) -> bool:
         """Whether each layer attended once, and looks back as its configuration says.
 
-        The probe is too short to show a long window or chunk, or a state-space layer that leaks between segments.
+        The probe is too short to show a long window, or chunks that do not see each other (`chunked_attention`).
         """
         config = self.base.config.get_text_config()
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        if sorted(captured) != list(range(config.num_hidden_layers)) or getattr(config, "attention_chunk_size", None):
+        if sorted(captured) != list(range(config.num_hidden_layers)):
             return False
         known = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
         return all(

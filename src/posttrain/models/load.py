@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from posttrain.models.allocator import keep_freed_memory
 from posttrain.models.causal import CausalPolicy
 from posttrain.trajectory import PosttrainError
 
@@ -69,6 +70,8 @@ def load(
         PosttrainError: when there is no such model, or the folder or file is none.
     """
     place = _device(device)
+    if place.type == "cpu":
+        keep_freed_memory()
     if precision != "auto" and precision not in DTYPES:
         raise PosttrainError(f"precision {precision!r} is unknown; expected auto, bf16 or fp32")
     dtype = best_dtype(place) if precision == "auto" else DTYPES[precision]

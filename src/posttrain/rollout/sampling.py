@@ -15,7 +15,7 @@ from torch import Tensor
 from posttrain.trajectory import PosttrainError, Sampling
 
 BLOCK = 256  # the cumulative sum is taken over blocks of the vocabulary, then inside the chosen block
-CANDIDATES = (256, 4096)  # how many of the likeliest tokens are looked at before the whole vocabulary is sorted
+CANDIDATES = (64, 512, 4096)  # how many of the likeliest tokens are looked at before the whole vocabulary is sorted
 
 
 class Draw(NamedTuple):

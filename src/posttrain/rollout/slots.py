@@ -7,15 +7,20 @@ from torch import Tensor
 
 from posttrain.models.attention import LayerState
 
+GROWTH = 32  # tokens by which the slots grow
+
 
 class Slots:
     """Keys and values of up to `count` running rows in every layer; running rows always occupy the first slots.
 
-    keys[layer]: `[count, key heads, capacity, width]`, values[layer] likewise; length: `[count]` tokens held by a row.
+    keys[layer]: `[count, key heads, room, width]`, values[layer] likewise; length: `[count]` tokens held by a row.
+    room grows with the longest row, in steps up to `capacity`: running rows are then one contiguous block, which the
+    products of a decode step read without copying it first.
     """
 
     def __init__(self, count: int, capacity: int) -> None:
         self.count, self.capacity = count, capacity
+        self.room = 0
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.length = torch.zeros(count, dtype=torch.int64)
@@ -28,10 +33,11 @@ class Slots:
         width]`; returns the first row.
         """
         first = self.active
+        self._grow(part.stop - part.start + 1)
         for layer, state in prompt.items():
             key, value = state.key[:, part], state.value[:, part]
             if layer not in self.keys:
-                shape = (self.count, key.shape[0], self.capacity, key.shape[-1])
+                shape = (self.count, key.shape[0], self.room, key.shape[-1])
                 self.keys[layer] = key.new_zeros(shape)
                 self.values[layer] = value.new_zeros((*shape[:3], value.shape[-1]))
             self.keys[layer][first : first + copies, :, : key.shape[1]] = key
@@ -39,6 +45,17 @@ class Slots:
         self.length[first : first + copies] = part.stop - part.start
         self.active += copies
         return first
+
+    def _grow(self, tokens: int) -> None:
+        """Make room for rows of `tokens` tokens."""
+        if tokens <= self.room:
+            return
+        before, self.room = self.room, min(self.capacity, -(-tokens // GROWTH) * GROWTH)
+        for store in (self.keys, self.values):
+            for layer, held in store.items():
+                grown = held.new_zeros(*held.shape[:2], self.room, held.shape[-1])
+                grown[: self.active, :, :before] = held[: self.active]
+                store[layer] = grown
 
     def compact(self, keep: Tensor) -> None:
         """Keep the running rows `keep` (`[kept]` ascending), moving rows from the end into the gaps."""
@@ -69,7 +86,7 @@ class Slots:
     def begin_step(self) -> Tensor:
         """Prepare a decode step of all running rows; returns the position of each one's new token, `[active]`."""
         positions = self.length[: self.active].clone()
-        self._top = int(positions.max()) + 1
+        self._grow(int(positions.max()) + 1)
         self._masks.clear()
         self._positions = positions.to(next(iter(self.keys.values())).device)
         self.length[: self.active] += 1
@@ -78,7 +95,7 @@ class Slots:
     def _mask(self, window: int | None) -> Tensor:
         """`[active, 1, 1, keys]` fp32: 0 where the new token may look, -inf elsewhere; made once a step and window."""
         if window not in self._masks:
-            distance = self._positions[:, None] - torch.arange(self._top, device=self._positions.device)
+            distance = self._positions[:, None] - torch.arange(self.room, device=self._positions.device)
             hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
             mask = torch.zeros(hidden.shape, device=hidden.device)
             self._masks[window] = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
@@ -103,7 +120,7 @@ class Slots:
         store_k, store_v = self.keys[layer], self.values[layer]
         store_k[rows, :, self._positions] = key[:, :, 0]
         store_v[rows, :, self._positions] = value[:, :, 0]
-        keys, values = store_k[: self.active, :, : self._top], store_v[: self.active, :, : self._top]
+        keys, values = store_k[: self.active], store_v[: self.active]
         stacked = query.reshape(len(rows), keys.shape[1], -1, query.shape[-1])
         scores = (stacked @ keys.transpose(-1, -2)).float() * scale
         if softcap is not None:

@@ -48,7 +48,7 @@ class Settings:
     updates: int = 1
     minibatches: int = 1
     rollout_rows: int = 64
-    token_budget: int = 2048
+    token_budget: int = 1024
     evaluate_every: int = 0
     evaluate_limit: int = 64
     patience: int = 0

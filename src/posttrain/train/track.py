@@ -85,11 +85,14 @@ class Tracker:
         if self.show and self.out.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.table import Column
 
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[detail]}"),
-                console=Console(file=self.out),
+                TextColumn("[bold]{task.description}"), BarColumn(20), MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(compact=True),
+                # the metrics take the room that is left: on a narrow terminal they are cut, and nothing else
+                TextColumn("{task.fields[detail]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+                console=Console(file=self.out), expand=True,
             )  # fmt: skip
             self._bar.start()
             self._task = self._bar.add_task(self.name, total=self.total, rate="", detail="")
