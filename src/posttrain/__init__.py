@@ -50,13 +50,20 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
+class _Room(ModuleType):
+    """A room that is called as the function of its name: `posttrain.train(...)` whatever was imported first."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return __getattr__(self.__name__.rpartition(".")[2])(*arguments, **options)
+
+
 class _Package(ModuleType):
-    """`train` and `evaluate` are rooms and functions: on the package the name is the function's, whatever was imported
-    first (Python would bind it to the room). `from posttrain.train.loop import ...` is not concerned."""
+    """Importing `posttrain.train.loop` binds the room `train` on the package, where the function is looked for."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and ":" in _WHERE.get(name, "")):
-            super().__setattr__(name, value)
+        if isinstance(value, ModuleType) and ":" in _WHERE.get(name, ""):
+            value.__class__ = _Room
+        super().__setattr__(name, value)
 
 
 sys.modules[__name__].__class__ = _Package

@@ -22,7 +22,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import numpy as np
 import torch
 
-SECONDS_PER_STEP = 0.01  # so that there is something to kill
+SECONDS_PER_STEP = 0.02  # so that there is something to kill
 
 
 def reward(completion: str, prompt: Any) -> float:

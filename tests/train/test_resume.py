@@ -45,7 +45,7 @@ class Server:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         child = int(self._line())
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not select.select([self.process.stdout], [], [], 0.001)[0]:
             if moment() or time.monotonic() > deadline:
                 os.kill(child, signal.SIGKILL)
@@ -131,7 +131,7 @@ def lines(file: Path) -> int:
 
 def after_steps(folder: Path, mix: random.Random) -> Callable[[], bool]:
     """Some milliseconds after a further step was logged."""
-    begun, wait = lines(folder / "metrics.jsonl"), mix.random() * 0.15
+    begun, wait = lines(folder / "metrics.jsonl"), mix.random() * 0.1
     seen: list[float] = []
 
     def moment() -> bool:
