@@ -19,10 +19,10 @@ from posttrain.models.causal import CausalPolicy
 from posttrain.models.load import load
 from posttrain.reward.reward import Reward
 from posttrain.rollout.embedded import EmbeddedEngine
-from posttrain.train.collect import Offline, Online, Source
-from posttrain.train.loop import Trainer
-from posttrain.train.method import Method
-from posttrain.train.track import Tracker
+from posttrain.training.collect import Offline, Online, Source
+from posttrain.training.loop import Trainer
+from posttrain.training.method import Method
+from posttrain.training.track import Tracker
 from posttrain.trajectory import Group, Prompt
 
 

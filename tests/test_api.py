@@ -14,7 +14,7 @@ import yaml
 import posttrain
 from conftest import make_model, make_tokenizer
 from posttrain import evaluate, methods, tasks, train
-from posttrain.evaluate.task import Task, TaskItem
+from posttrain.evaluation.task import Task, TaskItem
 from posttrain.methods.registry import _METHODS
 from posttrain.models.causal import CausalPolicy
 from posttrain.reward.reward import reward_from

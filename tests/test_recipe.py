@@ -12,11 +12,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from posttrain import methods
-from posttrain.evaluate.tasks import task_from
+from posttrain.evaluation.tasks import task_from
 from posttrain.recipe import Recipe, load_recipe, parse_recipe, seconds
 from posttrain.recipe_text import RecipeError, Where, override, read_yaml
 from posttrain.run_folder import plain
-from posttrain.train.settings import NAMES
+from posttrain.training.settings import NAMES
 
 GOOD = """\
 model: tiny

@@ -21,7 +21,7 @@ from posttrain.objective.batch import Batch
 from posttrain.recipe import parse_recipe
 from posttrain.run import Interrupted, Run, execute, resume_run
 from posttrain.run_folder import RunFolder
-from posttrain.train import checkpoint
+from posttrain.training import checkpoint
 from posttrain.trajectory import Group, PosttrainError, Trajectory
 
 FAST = {"learning_rate": 1e-2, "warmup": 0.0, "schedule": "constant"}
@@ -184,7 +184,7 @@ def test_no_evaluation_before_on_demand(model: str, tmp_path: Path) -> None:
 def test_stop_strings_of_the_task_hold_in_its_evaluations(model: str, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from posttrain.evaluate.tasks import task_from
+    from posttrain.evaluation.tasks import task_from
     from posttrain.trajectory import Sampling
 
     task = task_from({**TASK, "heldout": 4})
@@ -265,7 +265,7 @@ def test_a_run_goes_on_only_from_the_weights_it_started_from(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model trained in memory, stopped and given again would be its own reference."""
-    from posttrain.train.loop import Trainer
+    from posttrain.training.loop import Trainer
 
     found = recipe(model, {"dpo": {**FAST, "steps": 4, "batch": 4, "checkpoint_every": 1, "data": {"source": PAIRS}}})
     whole = go(found, tmp_path / "whole", policy=CausalPolicy(make_model(), make_tokenizer(), model))
@@ -317,7 +317,7 @@ def weights(folder: Path) -> bytes:
 def test_a_signal_stops_after_the_step_and_the_run_goes_on(
     number: int, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from posttrain.train.loop import Trainer
+    from posttrain.training.loop import Trainer
 
     whole = go(small(model, steps=6), tmp_path / "whole")
     real, handler = Trainer.step, signal.getsignal(number)
@@ -342,7 +342,7 @@ def test_a_signal_stops_after_the_step_and_the_run_goes_on(
 
 
 def test_the_second_signal_interrupts_at_once(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from posttrain.train.loop import Trainer
+    from posttrain.training.loop import Trainer
 
     def step(self: Trainer, collected: Any) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGINT)
@@ -367,7 +367,7 @@ def test_a_run_outside_the_main_thread_leaves_signals_alone(model: str, tmp_path
 def test_a_failed_run_keeps_its_checkpoint_and_goes_on(
     lora: int, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from posttrain.train.loop import Trainer
+    from posttrain.training.loop import Trainer
 
     found = small(model, steps=6, checkpoint_every=2, lora=lora)
     whole = go(found, tmp_path / "whole")
@@ -405,7 +405,7 @@ def test_a_failed_run_keeps_its_checkpoint_and_goes_on(
 def test_losses_that_are_not_finite_stop_the_run_with_a_note(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from posttrain.train import loop
+    from posttrain.training import loop
 
     monkeypatch.setattr(loop, "learning_rate", lambda *_: float("nan"))
     with pytest.raises(PosttrainError, match="2 updates in a row were not finite"):
@@ -416,7 +416,7 @@ def test_losses_that_are_not_finite_stop_the_run_with_a_note(
 
 
 def test_a_full_disk_is_a_line_for_the_user(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from posttrain.train.track import Tracker
+    from posttrain.training.track import Tracker
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -484,7 +484,7 @@ def test_heldout_rows_are_not_trained_on(model: str, tmp_path: Path, monkeypatch
 
 
 def test_the_reference_goes_with_its_stage(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from posttrain.train.loop import Trainer
+    from posttrain.training.loop import Trainer
 
     copies: list[Any] = []
     alive: list[int] = []

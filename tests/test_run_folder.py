@@ -12,8 +12,8 @@ import yaml
 
 from conftest import make_model, make_tokenizer
 from posttrain import methods
-from posttrain.evaluate.evaluation import Evaluation, compare
-from posttrain.evaluate.tasks import from_rows
+from posttrain.evaluation.evaluation import Evaluation, compare
+from posttrain.evaluation.tasks import from_rows
 from posttrain.models.causal import CausalPolicy
 from posttrain.recipe import ModelSpec, Recipe, StageSpec
 from posttrain.reward.reward import Reward, reward_from

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from posttrain.evaluate.evaluate import evaluate as evaluate_engine
-from posttrain.evaluate.evaluation import Evaluation
-from posttrain.evaluate.task import Task
-from posttrain.evaluate.tasks import task_from
+from posttrain.evaluation.evaluate import evaluate as evaluate_engine
+from posttrain.evaluation.evaluation import Evaluation
+from posttrain.evaluation.task import Task
+from posttrain.evaluation.tasks import task_from
 from posttrain.methods.registry import find
 from posttrain.models.causal import CausalPolicy
 from posttrain.models.load import load
@@ -29,8 +29,8 @@ from posttrain.recipe import (
 )
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.run import Run, execute
-from posttrain.train.method import Method, Pipeline, stages_of
-from posttrain.train.scoring import sequence_scores
+from posttrain.training.method import Method, Pipeline, stages_of
+from posttrain.training.scoring import sequence_scores
 from posttrain.trajectory import PosttrainError
 
 

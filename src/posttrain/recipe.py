@@ -19,14 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, Vali
 from posttrain.data.formats import parse
 from posttrain.data.rows import BadRow
 from posttrain.data.sources import EXTENSIONS, read_rows
-from posttrain.evaluate.task import Task
-from posttrain.evaluate.tasks import task_from
+from posttrain.evaluation.task import Task
+from posttrain.evaluation.tasks import task_from
 from posttrain.methods.registry import Entry, find
 from posttrain.objective.advantage import DecoupledGroupNormalised, GroupNormalised, LeaveOneOut
 from posttrain.recipe_text import Place, RecipeError, Where, override, read_yaml
 from posttrain.reward.reward import reward_from
-from posttrain.train.method import Method
-from posttrain.train.settings import NAMES, Settings
+from posttrain.training.method import Method
+from posttrain.training.settings import NAMES, Settings
 from posttrain.trajectory import PosttrainError
 
 Count = Annotated[int, Field(strict=True, ge=1)]

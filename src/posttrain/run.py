@@ -20,9 +20,9 @@ from datetime import datetime
 from pathlib import Path
 
 from posttrain.data.dataset import Dataset, load_dataset
-from posttrain.evaluate.evaluate import evaluate
-from posttrain.evaluate.evaluation import Evaluation, compare
-from posttrain.evaluate.task import Task
+from posttrain.evaluation.evaluate import evaluate
+from posttrain.evaluation.evaluation import Evaluation, compare
+from posttrain.evaluation.task import Task
 from posttrain.models.adapters import add_lora
 from posttrain.models.causal import CausalPolicy
 from posttrain.models.load import load
@@ -33,10 +33,10 @@ from posttrain.rollout.engine import Progress
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.run_folder import FAILED, RunFolder, now
 from posttrain.terminal import Counter, printable
-from posttrain.train.collect import Offline, Online, Source
-from posttrain.train.loop import Trainer
-from posttrain.train.scoring import heldout_loss, sequence_scores
-from posttrain.train.track import Tracker
+from posttrain.training.collect import Offline, Online, Source
+from posttrain.training.loop import Trainer
+from posttrain.training.scoring import heldout_loss, sequence_scores
+from posttrain.training.track import Tracker
 from posttrain.trajectory import Group, PosttrainError, Prompt
 
 Say = Callable[[str], None]

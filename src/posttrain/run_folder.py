@@ -22,15 +22,15 @@ from typing import Any
 import torch
 import yaml
 
-from posttrain.evaluate.evaluation import Evaluation
-from posttrain.evaluate.statistics import Paired
-from posttrain.evaluate.task import Task
+from posttrain.evaluation.evaluation import Evaluation
+from posttrain.evaluation.statistics import Paired
+from posttrain.evaluation.task import Task
 from posttrain.methods.registry import find
 from posttrain.models.causal import CausalPolicy
 from posttrain.recipe import Recipe
 from posttrain.reward.reward import Reward
-from posttrain.train.checkpoint import sync, write_text
-from posttrain.train.track import SAMPLES, json_lines, sample_row
+from posttrain.training.checkpoint import sync, write_text
+from posttrain.training.track import SAMPLES, json_lines, sample_row
 from posttrain.trajectory import Group, PosttrainError, Prompt
 
 STATE, RECIPE, EVALUATIONS, LOCK = "run.json", "recipe.yaml", "evaluations.jsonl", ".lock"

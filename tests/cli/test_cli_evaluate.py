@@ -10,8 +10,8 @@ import pytest
 from commands import Result, call, files_of_at_most, make_folder, write_rows
 
 from posttrain.cli.evaluate import in_words
-from posttrain.evaluate.evaluation import Evaluation
-from posttrain.evaluate.statistics import Paired
+from posttrain.evaluation.evaluation import Evaluation
+from posttrain.evaluation.statistics import Paired
 
 TASK = "{reasoning_gym: chain_sum, terms: [2, 2], digits: [1, 1], train: 0, heldout: 6}"
 

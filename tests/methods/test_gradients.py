@@ -14,7 +14,7 @@ from torch import Tensor
 from posttrain.methods import find, registered
 from posttrain.objective.batch import Batch, Totals
 from posttrain.objective.estimator import Loss
-from posttrain.train.method import Method
+from posttrain.training.method import Method
 
 Paper = Callable[[Padded], Tensor]
 

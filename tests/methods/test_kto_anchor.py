@@ -8,7 +8,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from posttrain.models.causal import CausalPolicy
 from posttrain.objective.batch import Batch
-from posttrain.train.signals import Reference, mismatched, supply
+from posttrain.training.signals import Reference, mismatched, supply
 from posttrain.trajectory import Group, PosttrainError, Trajectory
 
 

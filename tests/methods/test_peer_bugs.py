@@ -17,8 +17,8 @@ from posttrain.methods import Method
 from posttrain.models.causal import CausalPolicy
 from posttrain.objective.batch import Batch
 from posttrain.objective.likelihood import Likelihood
-from posttrain.train.collect import Collected, Offline
-from posttrain.train.loop import Trainer
+from posttrain.training.collect import Collected, Offline
+from posttrain.training.loop import Trainer
 from posttrain.trajectory import Group, PosttrainError, Trajectory
 
 END = 2  # the end token, which is the pad token too

@@ -30,7 +30,7 @@ from conftest import make_model, make_tokenizer
 from posttrain import methods
 from posttrain.methods import Method
 from posttrain.objective.batch import Batch
-from posttrain.train.signals import mismatched
+from posttrain.training.signals import mismatched
 from posttrain.trajectory import Group, Label, Trajectory
 
 

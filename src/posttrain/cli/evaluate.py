@@ -11,9 +11,9 @@ import typer
 from posttrain.cli.inline import inline
 
 if TYPE_CHECKING:
-    from posttrain.evaluate.evaluation import Evaluation
-    from posttrain.evaluate.statistics import Paired
-    from posttrain.evaluate.task import Task
+    from posttrain.evaluation.evaluation import Evaluation
+    from posttrain.evaluation.statistics import Paired
+    from posttrain.evaluation.task import Task
 
 
 def evaluate(
@@ -37,8 +37,8 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a model on the held-out problems of a task."""
-    from posttrain.evaluate.evaluation import compare
-    from posttrain.evaluate.tasks import task_from
+    from posttrain.evaluation.evaluation import compare
+    from posttrain.evaluation.tasks import task_from
 
     measure = _Measure(task_from(inline("--task", task)), samples, holdout, max_tokens, temperature, _ks(k), seed)
     written = _read(Path(against)) if against is not None and against.endswith(".json") else None
@@ -76,11 +76,11 @@ class _Measure:
     seed: int
 
     def __call__(self, model: str) -> Evaluation:
-        from posttrain.evaluate.evaluate import evaluate
+        from posttrain.evaluation.evaluate import evaluate
         from posttrain.models.load import load
         from posttrain.rollout.engine_choice import engine_for
         from posttrain.terminal import Counter
-        from posttrain.train.scoring import sequence_scores
+        from posttrain.training.scoring import sequence_scores
 
         sampling, temperature = self.task.sampling, self.temperature
         if temperature is None:
@@ -113,7 +113,7 @@ def _ks(text: str) -> tuple[int, ...]:
 
 
 def _read(file: Path) -> Evaluation:
-    from posttrain.evaluate.evaluation import Evaluation
+    from posttrain.evaluation.evaluation import Evaluation
     from posttrain.trajectory import PosttrainError
 
     try:
@@ -125,7 +125,7 @@ def _read(file: Path) -> Evaluation:
 
 
 def _write(file: Path, found: Evaluation) -> None:
-    from posttrain.train.checkpoint import write_text
+    from posttrain.training.checkpoint import write_text
     from posttrain.trajectory import PosttrainError
 
     try:

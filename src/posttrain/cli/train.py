@@ -101,7 +101,7 @@ def _given(shortcuts: dict[str, Any], assignments: list[str]) -> Given:
 def _stages(entries: list[Entry], given: Given) -> tuple[list[dict[str, Any]], dict[Place, str]]:
     """The stages with their settings, and where each came from."""
     from posttrain.reward.names import unknown
-    from posttrain.train.settings import NAMES
+    from posttrain.training.settings import NAMES
 
     known = [{*entry.parameters, *NAMES} for entry in entries]
     for key in given:

@@ -26,7 +26,7 @@ from posttrain.methods.preference import (
 )
 from posttrain.methods.registry import find, method, registered
 from posttrain.methods.supervised import dft, sft
-from posttrain.train.method import Method, Pipeline
+from posttrain.training.method import Method, Pipeline
 
 __all__ = [
     "Method",

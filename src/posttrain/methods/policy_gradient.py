@@ -27,8 +27,8 @@ from posttrain.objective.denominator import (
 from posttrain.objective.divergence import CriticLoss, Divergence, ReferenceKL
 from posttrain.objective.estimator import Objective
 from posttrain.objective.mask import Clip, DropTruncated
-from posttrain.train.method import Method
-from posttrain.train.settings import Settings
+from posttrain.training.method import Method
+from posttrain.training.settings import Settings
 
 ONLINE = Settings(steps=100, batch=8, group=8, learning_rate=5e-6, schedule="constant", max_tokens=128)
 

@@ -11,8 +11,8 @@ from posttrain.methods.registry import method
 from posttrain.objective import pairs
 from posttrain.objective.aggregate import GroupMean, SequenceSum
 from posttrain.objective.estimator import Objective
-from posttrain.train.method import Method
-from posttrain.train.settings import Settings
+from posttrain.training.method import Method
+from posttrain.training.settings import Settings
 
 OFFLINE = Settings(epochs=1, batch=8, learning_rate=5e-6, warmup=0.1)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec
 
-from posttrain.train.method import OBJECTIVE_PARTS, Method
+from posttrain.training.method import OBJECTIVE_PARTS, Method
 from posttrain.trajectory import PosttrainError
 
 P = ParamSpec("P")

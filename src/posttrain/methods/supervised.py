@@ -6,8 +6,8 @@ from posttrain.methods.registry import method
 from posttrain.objective.advantage import Demonstration
 from posttrain.objective.denominator import One
 from posttrain.objective.estimator import Objective
-from posttrain.train.method import Method
-from posttrain.train.settings import Settings
+from posttrain.training.method import Method
+from posttrain.training.settings import Settings
 
 
 @method(family="sft-objective", card="044")

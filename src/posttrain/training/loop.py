@@ -1,0 +1,331 @@
+"""The one training loop, for every method, online and offline.
+
+A step: collect groups, supply the signals the objective needs, set the advantages over the whole step, then update
+(once or several times, in minibatches, each accumulated over micro-batches that fit the token budget).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.models.causal import CausalPolicy, evaluating
+from posttrain.objective.batch import Batch, Totals
+from posttrain.objective.estimator import Loss
+from posttrain.objective.likelihood import Likelihood
+from posttrain.training import checkpoint
+from posttrain.training.collect import Collected, Source
+from posttrain.training.critic import ValueHead
+from posttrain.training.method import Method
+from posttrain.training.optim import MasterAdamW, learning_rate
+from posttrain.training.signals import Reference, full_reference, supply
+from posttrain.training.track import Tracker
+from posttrain.trajectory import PosttrainError
+
+BEST = "best"
+Evaluator = Callable[["Trainer"], dict[str, float]]  # held-out figures; `heldout_accuracy` (or -`heldout_loss`) decides
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a stage has done; the part of a checkpoint that is not tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best: float | None = None
+    best_step: int = -1
+    since_best: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a stage ended: `finished`, `early` (patience or budget) or `interrupted`."""
+
+    status: str
+    progress: Progress
+
+
+class Trainer:
+    """Trains one policy by one method.
+
+    folder: where checkpoints go (None for none). stop: asked between steps; True ends the stage with a checkpoint.
+    """
+
+    def __init__(
+        self,
+        policy: CausalPolicy,
+        method: Method,
+        source: Source,
+        *,
+        folder: Path | None = None,
+        seed: int = 0,
+        tracker: Tracker | None = None,
+        evaluator: Evaluator | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.policy, self.method, self.source = policy, method, source
+        self.objective, self.settings = method.objective, method.settings
+        self.folder, self.seed, self.evaluator, self.stop = folder, seed, evaluator, stop
+        self.tracker = tracker or Tracker.silent()
+        self.progress = Progress()
+        self._best_saved = -1  # the best step that the newest checkpoint speaks of
+        self.total = self.settings.total_steps(source.rows)
+        needs = self.objective.needs
+        self._check()
+        wants_reference = needs & {"reference_logp", "reference_hidden", "mismatched_kl"}
+        self.reference = Reference(policy) if wants_reference else None
+        self.critic = self._make_critic() if method.critic else None
+        named = policy.trainable_parameters()
+        if self.critic is not None:
+            named += [(f"critic.{n}", p) for n, p in self.critic.named_parameters()]
+        if not named:
+            raise PosttrainError("the model has no trainable parameter; unfreeze some or set lora")
+        self.optimizer = MasterAdamW(named, self.settings)
+        self._signals = needs
+        if self.settings.updates > 1 or self.settings.minibatches > 1:
+            self._signals = needs | {"old_logp"}
+
+    def _check(self) -> None:
+        """What can never work is refused before anything is computed."""
+        name, settings, rows = self.method.name, self.settings, self.source.rows
+        least = getattr(self.objective.advantage, "minimum_group", 1)
+        if self.method.online and settings.group < least:
+            raise PosttrainError(
+                f"{name}: group is {settings.group}; group-normalised advantages need at least {least} completions "
+                f"a prompt"
+            )
+        if self.method.online and settings.temperature == 0:
+            raise PosttrainError(f"{name}: temperature is 0, all completions of a prompt would be equal; raise it")
+        if "mismatched_kl" in self.objective.needs and min(settings.batch, rows) < 2:
+            raise PosttrainError(
+                f"{name} judges an answer against other rows': it needs 2 rows a step; got batch {settings.batch} "
+                f"and {rows} row{'s' if rows != 1 else ''} of data"
+            )
+        if settings.patience and not settings.evaluate_every:
+            raise PosttrainError(
+                f"{name}: patience is {settings.patience} and nothing is evaluated; set evaluate_every"
+            )
+        if settings.evaluate_every and self.evaluator is None:
+            raise PosttrainError(
+                f"{name}: evaluate_every is {settings.evaluate_every} and nothing is held out; give a task, or heldout "
+                f"with the data"
+            )
+
+    def _make_critic(self) -> ValueHead:
+        width = self.policy.head().weight.shape[1]
+        return ValueHead(width).to(self.policy.device)
+
+    # -- the stage ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Train to the end of the stage, resuming from the newest checkpoint in `folder` if there is one."""
+        self._resume()
+        self.policy.model.train()
+        status = "finished"
+        try:
+            while self.progress.step < self.total:
+                if self.stop():
+                    status = "interrupted"
+                    break
+                if self.settings.budget is not None and self.progress.seconds >= self.settings.budget:
+                    status = "early"
+                    break
+                self._one_step()
+                if self._evaluate_and_decide():
+                    status = "early"
+                    break
+                every = self.settings.checkpoint_every
+                if every and self.progress.step % every == 0 and self.progress.step < self.total:
+                    self.save()
+            if status == "interrupted":
+                self.save()
+            else:
+                self._restore_best()
+        finally:
+            self.policy.model.eval()
+            self.optimizer.close()
+        return Outcome(status, self.progress)
+
+    def _one_step(self) -> None:
+        begun = time.perf_counter()
+        collected = self.source.collect(self.progress.step, self.tracker.rollout)
+        metrics = self.step(collected)
+        self.progress.step += 1
+        self.progress.seconds += time.perf_counter() - begun
+        metrics["seconds"] = time.perf_counter() - begun
+        self.tracker.step(self.progress.step, self.progress.seconds, metrics, collected.groups)
+
+    def step(self, collected: Collected) -> dict[str, float]:
+        """Update the policy on a step's groups; returns the metrics."""
+        begun = time.perf_counter()
+        batch = Batch.of(collected.groups)
+        with torch.no_grad(), evaluating(self.policy.model):  # dropout is for the updates alone
+            supply(
+                self._signals, batch, collected.groups, self.policy, self.reference, self.critic,
+                temperature=self._temperature, budget=self.settings.token_budget,
+            )  # fmt: skip
+        self.objective.advantage.prepare(batch)
+        rate = learning_rate(self.settings, self.progress.step, self.total)
+        sums: dict[str, tuple[float, float]] = {}
+        losses, norms = [], []
+        for part in self._updates(batch):
+            loss, norm = self._update(part, rate, sums)
+            losses.append(loss)
+            norms.append(norm)
+        tokens = sum(len(t) for t in batch.tokens)
+        self.progress.tokens += tokens
+        seconds = time.perf_counter() - begun
+        return {
+            "loss": sum(losses) / len(losses),
+            "grad_norm": sum(norms) / len(norms),
+            "learning_rate": rate,
+            **{name: total / count for name, (total, count) in sums.items() if count},
+            **collected.metrics,
+            "tokens": self.progress.tokens,
+            "tokens_per_second": tokens / seconds,
+            "update_seconds": seconds,
+            "skipped": self.progress.skipped,
+        }
+
+    def _updates(self, batch: Batch) -> list[Batch]:
+        """The minibatches of every pass over a step's rollouts, in an order fixed by seed and step."""
+        if self.settings.updates == self.settings.minibatches == 1:
+            return [batch]
+        mix = torch.Generator().manual_seed((self.seed * 1_000_003 + self.progress.step) % (1 << 63))
+        parts = []
+        groups = batch.group.unique()
+        for _ in range(self.settings.updates):
+            order = groups[torch.randperm(len(groups), generator=mix)]
+            for chunk in order.chunk(min(self.settings.minibatches, len(order))):
+                parts.append(batch.select(torch.isin(batch.group, chunk).nonzero()[:, 0]))
+        return parts
+
+    def _update(self, batch: Batch, rate: float, sums: dict[str, tuple[float, float]]) -> tuple[float, float]:
+        """One optimizer step: accumulate over micro-batches, clip, update. Returns loss and gradient norm."""
+        totals, value = batch.totals, 0.0
+        for micro in batch.split(self.settings.token_budget, keep_groups=self.objective.advantage.keep_groups):
+            loss = self.loss(micro, totals)
+            value += float(loss.value)
+            for name, (total, count) in loss.metrics.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + total, before[1] + count)
+            if not math.isfinite(value):
+                break  # the step is lost anyway; its gradient would be too
+            if loss.surrogate.requires_grad:
+                loss.surrogate.backward()
+        if not math.isfinite(value):
+            self.optimizer.zero()
+            self._skip(f"loss is {value}")
+            return value, float("nan")
+        norm = self.optimizer.step(rate)
+        if math.isfinite(norm):
+            self.progress.skipped_in_a_row = 0
+        else:
+            self._skip(f"gradient norm is {norm}")
+        return value, norm
+
+    def loss(self, micro: Batch, totals: Totals) -> Loss:
+        """Loss of a micro-batch whose signals and advantages are set; `totals` counts the step."""
+        micro = micro.to(self.policy.device)
+        divergence = self.objective.full_divergence
+        against: Likelihood | None = None
+        if divergence is not None:
+            assert self.reference is not None
+            against = full_reference(self.reference, micro, self._temperature)
+        likelihood = self.policy.log_likelihood(
+            micro,
+            temperature=self._temperature,
+            entropy=self.method.online or "entropy" in self._signals,
+            reference=against,
+            divergence=divergence.direction if divergence is not None else "reverse",
+        )
+        if self.critic is not None:
+            assert likelihood.hidden is not None
+            likelihood.value = self.critic(likelihood.hidden)
+        return self.objective(micro, likelihood, totals)
+
+    @property
+    def _temperature(self) -> float:
+        """Log-probabilities are taken at the sampling temperature, so that ratios compare like with like."""
+        return self.settings.temperature if self.method.online and self.settings.temperature > 0 else 1.0
+
+    def _skip(self, reason: str) -> None:
+        self.progress.skipped += 1
+        self.progress.skipped_in_a_row += 1
+        self.tracker.note(f"step {self.progress.step}: {reason}; the update was skipped")
+        if self.progress.skipped_in_a_row >= self.settings.max_skipped:
+            raise PosttrainError(
+                f"{self.settings.max_skipped} updates in a row were not finite (last: {reason}); "
+                f"lower learning_rate, or raise max_skipped"
+            )
+
+    # -- evaluation and early stopping -------------------------------------------------------------------------------
+
+    def _evaluate_and_decide(self) -> bool:
+        """Evaluate when due; True when patience has run out."""
+        every, step = self.settings.evaluate_every, self.progress.step
+        if not every or self.evaluator is None or step % every:
+            return False
+        figures = self.evaluator(self)
+        self.policy.model.train()
+        self.tracker.evaluated(step, self.progress.seconds, figures)
+        score = figures["heldout_accuracy"] if "heldout_accuracy" in figures else -figures["heldout_loss"]
+        if self.progress.best is None or score > self.progress.best:
+            self.progress.best, self.progress.best_step, self.progress.since_best = score, step, 0
+            if self.settings.patience and self.folder is not None:
+                checkpoint.save(self.folder / BEST, step, self._weights(), {}, keep=None)
+                checkpoint.keep_only(self.folder / BEST, {step, self._best_saved})
+            return False
+        self.progress.since_best += 1
+        return bool(self.settings.patience and self.progress.since_best >= self.settings.patience)
+
+    def _restore_best(self) -> None:
+        if not self.settings.patience or self.folder is None or self.progress.best_step in (-1, self.progress.step):
+            return
+        tensors, _ = checkpoint.load(checkpoint.at(self.folder / BEST, self.progress.best_step))
+        with torch.no_grad():
+            for name, parameter in self.policy.trainable_parameters():
+                parameter.copy_(tensors[name])
+        self.tracker.note(f"kept the weights of step {self.progress.best_step}, the best on held-out prompts")
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.policy.trainable_parameters()}
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that the rest of the stage depends on."""
+        if self.folder is None:
+            return
+        state = {"progress": self.progress.as_dict(), "sampler": self.source.sampler.state_dict()}
+        checkpoint.save(self.folder, self.progress.step, self.optimizer.tensors(), state)
+        self._keep_best()
+
+    def _resume(self) -> None:
+        found = checkpoint.latest(self.folder) if self.folder is not None and self.folder.is_dir() else None
+        if found is not None:
+            tensors, state = checkpoint.load(found)
+            self.optimizer.load_tensors(tensors)
+            self.source.sampler.load_state_dict(state["sampler"])
+            self.progress = Progress(**state["progress"])
+        self._keep_best()
+        self.tracker.starts(self.progress.step)
+
+    def _keep_best(self) -> None:
+        """Of the best weights, only those that the newest checkpoint speaks of (a later one may be of lost steps)."""
+        self._best_saved = self.progress.best_step
+        if self.folder is not None:
+            checkpoint.keep_only(self.folder / BEST, {self._best_saved})

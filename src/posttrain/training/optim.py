@@ -1,0 +1,118 @@
+"""AdamW on fp32 master weights, gradients summed in fp32, clipping, schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.training.settings import Settings
+from posttrain.trajectory import PosttrainError
+
+
+def learning_rate(settings: Settings, step: int, total: int) -> float:
+    """Learning rate of step `step` (from 0) of `total`: linear warm-up, then the schedule down to 0 (or constant)."""
+    warm = math.ceil(settings.warmup * total) if settings.warmup else 0
+    if step < warm:
+        return settings.learning_rate * (step + 1) / (warm + 1)
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    done = (step - warm) / max(1, total - warm)
+    factor = 1 - done if settings.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return settings.learning_rate * max(0.0, factor)
+
+
+class MasterAdamW:
+    """AdamW whose state and arithmetic are fp32 whatever the model computes in.
+
+    A low-precision parameter has an fp32 master copy: updates smaller than its spacing in bf16 (most of them, at usual
+    learning rates) would otherwise be lost. Gradients of micro-batches are added in fp32 as soon as a parameter's is
+    ready, so a low-precision gradient lives only for a moment.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], settings: Settings) -> None:
+        self.names, self.parameters = [list(x) for x in zip(*named, strict=True)]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters]
+        decay = [m for m in self.masters if m.ndim > 1]
+        plain = [m for m in self.masters if m.ndim <= 1]
+        groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.adam = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=settings.learning_rate, betas=settings.betas, fused=True
+        )
+        self.max_grad_norm = settings.max_grad_norm
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._collector(m))
+            for p, m in zip(self.parameters, self.masters, strict=True)
+            if m is not p
+        ]
+
+    @staticmethod
+    def _collector(master: Tensor):
+        def collect(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+        return collect
+
+    def step(self, rate: float) -> float:
+        """Clip and update; returns the gradient norm before clipping. Nothing changes if that is not finite."""
+        with_grad = [m for m in self.masters if m.grad is not None]
+        norm = torch.nn.utils.get_total_norm([m.grad for m in with_grad if m.grad is not None])
+        if torch.isfinite(norm):
+            if self.max_grad_norm:
+                torch.nn.utils.clip_grads_with_norm_(with_grad, self.max_grad_norm, norm)
+            for group in self.adam.param_groups:
+                group["lr"] = rate
+            self.adam.step()
+            self.publish()
+        self.zero()
+        return float(norm)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters into the model's parameters."""
+        pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        if pairs:
+            torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+
+    def zero(self) -> None:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            parameter.grad = master.grad = None
+
+    def close(self) -> None:
+        """Detach from the model's parameters."""
+        self.zero()
+        for hook in self._hooks:
+            hook.remove()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint needs: master weights and moments by parameter name."""
+        found: dict[str, Tensor] = {}
+        for name, master in zip(self.names, self.masters, strict=True):
+            found[f"weight/{name}"] = master.detach()
+            for key, value in self.adam.state.get(master, {}).items():
+                found[f"{key}/{name}"] = value
+        return found
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `tensors` gave."""
+        for name, master in zip(self.names, self.masters, strict=True):
+            kept = tensors.get(f"weight/{name}")
+            if kept is None or kept.shape != master.shape:
+                found = "nothing" if kept is None else f"shape {list(kept.shape)}"
+                raise PosttrainError(
+                    f"the checkpoint holds {found} for {name}; expected {list(master.shape)}: it is of another model"
+                )
+            master.copy_(kept)
+            state = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                     if f"{key}/{name}" in tensors}  # fmt: skip
+            if state:
+                self.adam.state[master] = {key: t.to(master.device, copy=True) for key, t in state.items()}
+        self.publish()
