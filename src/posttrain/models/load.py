@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
@@ -166,8 +168,10 @@ def _from_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     logging.disable_progress_bar()
     try:
         where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        # dequantizing takes a second or two and draws a bar of its own that no setting silences
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except Exception as error:
         raise PosttrainError(f"cannot read {file}: {' '.join(str(error).split())[:300]}") from error
     finally:

@@ -116,11 +116,15 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file atomically."""
+    """Replace a small file atomically; when it cannot be written, the old one stays and nothing beside it."""
     scratch = path.with_name(f".{path.name}.writing")
-    scratch.write_text(text, encoding="utf-8")
-    sync(scratch)
-    scratch.replace(path)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        sync(scratch)
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def _rng_tensors() -> dict[str, Tensor]:
