@@ -187,6 +187,16 @@ def test_three_tokens_by_hand() -> None:
     assert not loss.value.requires_grad
 
 
+def test_the_divergence_from_the_sampler_is_over_the_tokens_it_drew() -> None:
+    batch = ragged([[3]])
+    logp = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    batch.behaviour_logp_full = torch.tensor([-0.5, float("nan"), -3.25])
+    loss = run(Objective(Demonstration()), batch, logp)
+    assert loss.metrics["sampler_kl"] == pytest.approx((0.5 - 0.25, 2))
+    batch.behaviour_logp_full = torch.full((3,), float("nan"))
+    assert "sampler_kl" not in run(Objective(Demonstration()), batch, logp).metrics
+
+
 def test_divergences_are_added_with_their_coefficient_and_the_same_aggregation() -> None:
     batch = ragged([[1, 2]])
     batch.reference_logp = torch.tensor([-1.0, -2.0, -3.0])

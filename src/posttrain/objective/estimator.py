@@ -96,4 +96,9 @@ class Objective:
         if batch.old_logp is not None:
             metrics["ratio"] = (float(ratio.log_ratio.exp().sum()), logp.numel())
         metrics["logp"] = (float(logp.detach().sum()), logp.numel())
+        sampled = torch.isfinite(batch.behaviour_logp_full)
+        if bool(sampled.any()):
+            # KL(sampler || policy): staleness, and what the engine computes differently from the trainer
+            apart = (batch.behaviour_logp_full - logp.detach())[sampled]
+            metrics["sampler_kl"] = (float(apart.sum()), apart.numel())
         return Loss(surrogate, value.detach(), metrics)

@@ -219,11 +219,11 @@ class Trainer:
         for micro in batch.split(self.settings.token_budget, keep_groups=self.objective.advantage.keep_groups):
             loss = self.loss(micro, totals)
             value += float(loss.value)
+            if not math.isfinite(value):
+                break  # the step is lost anyway; its gradient would be too, and its metrics
             for name, (total, count) in loss.metrics.items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + total, before[1] + count)
-            if not math.isfinite(value):
-                break  # the step is lost anyway; its gradient would be too
             if loss.surrogate.requires_grad:
                 loss.surrogate.backward()
         if not math.isfinite(value):
