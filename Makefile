@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: help demo test test-browser lint format bench clean
+.PHONY: help demo test test-browser lint format bench studies studies-quick clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,12 @@ format: $(VENV)/.lint  ## let ruff lay the code out
 
 bench: $(VENV)/.test  ## speed and memory beside TRL, in turn in one run (about an hour on two cores)
 	$(BIN)/python -m benchmarks.run
+
+studies: $(VENV)/.base  ## every paper's claim as an experiment, into docs/studies/ (hours; runs what is missing)
+	$(BIN)/posttrain study --all
+
+studies-quick: $(VENV)/.base  ## every study at its smallest, to see that it runs (minutes)
+	$(BIN)/posttrain study --all --quick
 
 clean:  ## remove the virtual environment and build leftovers (runs/ stays)
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from posttrain import methods
 from posttrain.evaluation.tasks import task_from
+from posttrain.methods.parts import parts_of
 from posttrain.recipe import Recipe, load_recipe, parse_recipe, seconds
 from posttrain.recipe_text import RecipeError, Where, override, read_yaml
-from posttrain.run_folder import plain
+from posttrain.run_folder import only_in_python, plain
 from posttrain.training.settings import NAMES
 
 GOOD = """\
@@ -345,7 +346,12 @@ def roundtrip(recipe: Recipe) -> None:
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     again = parse_recipe(read_yaml(text, "kept")[0])
     assert plain(again.resolved()) == kept
-    assert [s.method for s in again.stages] == [s.method for s in recipe.stages]
+    for one, other in zip(again.stages, recipe.stages, strict=True):
+        assert (one.method.name, one.method.data, one.method.settings) == (
+            other.method.name, other.method.data, other.method.settings,
+        )  # fmt: skip
+        assert one.method.arguments == other.method.arguments
+        assert parts_of(one.method) == parts_of(other.method)
     assert (again.model, again.evaluate, again.seed, again.task) == (
         recipe.model, recipe.evaluate, recipe.seed, plain(recipe.task),
     )  # fmt: skip
@@ -360,9 +366,11 @@ DATA = {
 
 @pytest.mark.parametrize("name", methods.registered())
 def test_every_method_with_its_defaults_resolves_to_itself(name: str) -> None:
-    needs = methods.find(name).function().data
-    body = {"data": DATA[needs]} if needs in DATA else {}
-    roundtrip(parse_recipe({"model": "m", "task": "t", "stages": [{name: body}]}))
+    needs = {stage.data for stage in methods.find(name).stages} & DATA.keys()
+    rows = [{"source": DATA[kind], "kind": kind} for kind in needs]
+    recipe = parse_recipe({"model": "m", "task": "t", "stages": [{name: {"data": rows[0]} if rows else {}}]})
+    roundtrip(recipe)
+    assert only_in_python(recipe) == []
 
 
 @pytest.mark.parametrize(

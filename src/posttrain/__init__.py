@@ -1,7 +1,7 @@
 """posttrain: post-training of language models on one objective with four interchangeable parts.
 
-`from posttrain import load, train, evaluate, methods, tasks`. Names are imported on first use, so that importing the
-package, and `posttrain --help`, stay quick.
+`from posttrain import load, train, evaluate, compare, methods, tasks`. Names are imported on first use, so that
+importing the package, and `posttrain --help`, stay quick.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from posttrain import methods
-    from posttrain.api import evaluate, train
+    from posttrain.api import compare, evaluate, train
     from posttrain.evaluation import tasks
-    from posttrain.evaluation.evaluation import compare
     from posttrain.evaluation.task import Task
     from posttrain.models.load import load
     from posttrain.training.settings import Settings
@@ -25,7 +24,7 @@ _WHERE = {
     "PosttrainError": "posttrain.trajectory:PosttrainError",
     "Settings": "posttrain.training.settings:Settings",
     "Task": "posttrain.evaluation.task:Task",
-    "compare": "posttrain.evaluation.evaluation:compare",
+    "compare": "posttrain.api:compare",
     "evaluate": "posttrain.api:evaluate",
     "load": "posttrain.models.load:load",
     "methods": "posttrain.methods",

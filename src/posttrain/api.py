@@ -1,11 +1,11 @@
-"""The Python API: `train` and `evaluate`, as short as a recipe."""
+"""The Python API: `train`, `evaluate` and `compare`, as short as a recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,9 @@ from posttrain.run import Run, execute
 from posttrain.training.method import Method, Pipeline, stages_of
 from posttrain.training.scoring import sequence_scores
 from posttrain.trajectory import PosttrainError
+
+if TYPE_CHECKING:
+    from posttrain.studies.comparison import Comparison
 
 
 def train(
@@ -133,6 +136,81 @@ def evaluate(
         seed=seed,
         likelihood=lambda trajectories: sequence_scores(policy, trajectories),
     )
+
+
+def compare(
+    model: str | Path | CausalPolicy,
+    task: Task | str | dict[str, Any],
+    methods: Sequence[Method | Pipeline | str] | Mapping[str, Method | Pipeline | str],
+    *,
+    budget: str | float,
+    seeds: int = 3,
+    folder: str | Path | None = None,
+    holdout: int | None = None,
+    samples: int = 1,
+    show: bool = True,
+    **settings: Any,
+) -> Comparison:
+    """Train a model by each method with each seed at an equal budget, and compare them on held-out problems.
+
+    A comparison that was stopped goes on with the job it was at; methods and seeds added later join what is there.
+
+    Args:
+        model: what `load` takes, or a loaded policy (copies of it are trained).
+        methods: methods, several joined by `>>`, or names; as a mapping, by the names to show.
+        budget: what each run may spend in training: a time (`20m`, or seconds), tokens trained on (`2Mtokens`) or
+            completions sampled (`5000rollouts`).
+        folder: where everything is kept; by default one under `runs/` that is the same for the same conditions.
+        holdout: how many held-out problems. samples: completions of each (greedy with one).
+        settings: any setting of `Settings`, for all methods. `steps` and `epochs` are a further limit when given here;
+            otherwise the budget alone ends a run, whatever the method's own are.
+    Returns:
+        the comparison: `print` shows its table and sentence; `page` is an HTML page with the curves.
+    """
+    from posttrain.studies.budget import Budget
+    from posttrain.studies.compare import compare as compare_methods
+
+    limit = Budget.parse(budget)
+    changed = checked_settings(settings, (), Where("compare"))
+    if changed.get("epochs") is not None and "steps" not in changed:
+        changed["steps"] = None
+    named = {
+        name: _changed(find(method).function() if isinstance(method, str) else method, changed)
+        for name, method in _named(methods).items()
+    }
+    return compare_methods(
+        model if isinstance(model, CausalPolicy) else load(model),
+        task_from(task),
+        named,
+        limit,
+        seeds=seeds,
+        folder=Path(folder) if folder is not None else None,
+        holdout=holdout,
+        samples=samples,
+        max_tokens=changed.get("max_tokens"),
+        keep_length="steps" in changed or "epochs" in changed,
+        show=show,
+    )
+
+
+def _named(
+    methods: Sequence[Method | Pipeline | str] | Mapping[str, Method | Pipeline | str],
+) -> dict[str, Method | Pipeline | str]:
+    """Methods by the names to show."""
+    if isinstance(methods, Mapping):
+        return dict(methods)
+    found: dict[str, Method | Pipeline | str] = {}
+    for method in methods:
+        name = method if isinstance(method, str) else " >> ".join(stage.name for stage in stages_of(method))
+        if name in found:
+            raise PosttrainError(f"compare: two methods are called {name}; give a mapping with names of your own")
+        found[name] = method
+    return found
+
+
+def _changed(method: Method | Pipeline, settings: dict[str, Any]) -> Method | Pipeline:
+    stages = tuple(stage.with_settings(**settings) for stage in stages_of(method))
+    return Pipeline(stages) if isinstance(method, Pipeline) else stages[0]
 
 
 def _source(data: Any) -> Any:

@@ -11,10 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
 
 from posttrain.data.formats import parse
 from posttrain.data.rows import BadRow
@@ -25,7 +27,8 @@ from posttrain.methods.registry import Entry, find
 from posttrain.objective.advantage import DecoupledGroupNormalised, GroupNormalised, LeaveOneOut
 from posttrain.recipe_text import Place, RecipeError, Where, override, read_yaml
 from posttrain.reward.reward import reward_from
-from posttrain.training.method import Method
+from posttrain.training.duration import in_seconds
+from posttrain.training.method import Method, Pipeline, stages_of
 from posttrain.training.settings import NAMES, Settings
 from posttrain.trajectory import PosttrainError
 
@@ -72,13 +75,32 @@ class EvaluateSpec(BaseModel):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The pipeline of the catalogue that a stage belongs to, the arguments it was made with, and the stage's number."""
+
+    name: str
+    arguments: dict[str, Any]
+    index: int
+
+    @property
+    def method(self) -> Method:
+        """The stage as the catalogue makes it."""
+        return stages_of(find(self.name).function(**self.arguments))[self.index]
+
+
+@dataclass(frozen=True)
 class StageSpec:
-    """A stage: the method with its settings, and data or reward of its own. `given`: what the recipe wrote."""
+    """A stage: the method with its settings, and data or reward of its own.
+
+    given: what the recipe wrote; place: where. origin: set for a stage of a pipeline that the recipe names as one.
+    """
 
     method: Method
     data: DataSpec | None = None
     reward: Any = None
     given: dict[str, Any] = field(default_factory=dict)
+    origin: Origin | None = None
+    place: Place = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -107,8 +129,12 @@ class Recipe:
         """The recipe with every default written out; as YAML it runs the same."""
         stages = []
         for stage in self.stages:
-            chosen = {**stage.method.arguments, **stage.method.settings.as_dict()}
-            body: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in chosen.items()}
+            origin = stage.origin
+            if origin is not None:  # its stages have settings of their own, which only the pipeline's name stands for
+                if origin.index == 0:
+                    stages.append({origin.name: _listed({**origin.arguments, **stage.given})})
+                continue
+            body = _listed({**stage.method.arguments, **stage.method.settings.as_dict()})
             if stage.data is not None:
                 body["data"] = stage.data.model_dump(exclude_none=True)
             if stage.reward is not None:
@@ -122,6 +148,11 @@ class Recipe:
             "evaluate": self.evaluate.model_dump(exclude_none=True),
             "seed": self.seed,
         }
+
+
+def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With lists in the place of tuples, as YAML has them."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 KEYS = ("model", "task", "stages", "evaluate", "seed", "output")
@@ -159,7 +190,10 @@ def parse_recipe(values: Any, where: Where | None = None) -> Recipe:
     stages = values["stages"]
     if not isinstance(stages, Sequence) or isinstance(stages, str) or not stages:
         raise where.error(("stages",), f"stages is {stages!r}; expected a list such as [sft: {{epochs: 1}}]")
-    parsed = tuple(_stage(stage, ("stages", i), where) for i, stage in enumerate(stages))
+    with_task = values.get("task") is not None
+    parsed = tuple(
+        spec for i, stage in enumerate(stages) for spec in _stages(stage, ("stages", i), where, with_task=with_task)
+    )
     seed, output = values.get("seed", 0), values.get("output")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 32:
         raise where.error(("seed",), f"seed is {seed!r}; expected a whole number from 0 to {(1 << 32) - 1}")
@@ -186,13 +220,13 @@ def check(recipe: Recipe) -> None:
         raise where.error(("evaluate", "temperature"), f"{spec.samples} samples at temperature 0 are all the same")
     for i, stage in enumerate(recipe.stages):
         name, needs = stage.method.name, stage.method.data
-        place: Place = ("stages", i, name)
+        place: Place = stage.place or ("stages", i, name)
         if stage.data is None and needs in ("preferences", "feedback"):
-            raise where.error(("stages", i), f"{name} learns from {needs}; give the stage data: FILE")
+            raise where.error(place[:2], f"{name} learns from {needs}; give the stage data: FILE")
         if stage.data is None and recipe.task is None:
-            raise where.error(("stages", i), f"{name} has nothing to train on; give a task, or the stage data: FILE")
+            raise where.error(place[:2], f"{name} has nothing to train on; give a task, or the stage data: FILE")
         if needs == "prompts" and stage.reward is None and recipe.task is None:
-            raise where.error(("stages", i), f"{name} needs a reward; give a task, or the stage reward: NAME")
+            raise where.error(place[:2], f"{name} needs a reward; give a task, or the stage reward: NAME")
         if stage.method.online and stage.method.settings.group < 2 and _compares_group(stage.method):
             raise where.error(
                 (*place, "group"), f"{name} compares completions of a prompt; group is 1, expected 2 or more"
@@ -220,9 +254,8 @@ def _check_device(device: str | None, where: Where) -> None:
 
 def _compares_group(method: Method) -> bool:
     """Whether a completion's credit comes from the other completions of its prompt."""
-    advantage = method.objective.advantage
-    relative = isinstance(advantage, GroupNormalised | DecoupledGroupNormalised | LeaveOneOut)
-    return relative or getattr(advantage, "baseline", None) == "group"
+    relative = GroupNormalised | DecoupledGroupNormalised | LeaveOneOut
+    return any(isinstance(p, relative) or getattr(p, "baseline", None) == "group" for p in method.objective.parts)
 
 
 def _peek(data: DataSpec, method: Method, place: Place, where: Where) -> None:
@@ -248,7 +281,7 @@ def _is_file(source: str) -> bool:
     return path.is_file() or path.name.lower().removesuffix(".gz").endswith(EXTENSIONS)
 
 
-def _stage(value: Any, place: Place, where: Where) -> StageSpec:
+def _stages(value: Any, place: Place, where: Where, *, with_task: bool) -> tuple[StageSpec, ...]:
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:
@@ -262,11 +295,17 @@ def _stage(value: Any, place: Place, where: Where) -> StageSpec:
         raise where.error(place, str(error)) from None
     if body is not None and not isinstance(body, Mapping):
         raise where.error(place, f"{name} is {body!r}; expected settings, as in {{steps: 60}}")
-    return stage_of(entry, dict(body or {}), place, where)
+    return stage_specs(entry, dict(body or {}), place, where, with_task=with_task)
 
 
-def stage_of(entry: Entry, given: dict[str, Any], place: Place = (), where: Where | None = None) -> StageSpec:
-    """A stage from a method and what was set for it: its own arguments, settings, data and reward."""
+def stage_specs(
+    entry: Entry, given: dict[str, Any], place: Place = (), where: Where | None = None, *, with_task: bool = False
+) -> tuple[StageSpec, ...]:
+    """A stage from a method and what was set for it: its own arguments, settings, data and reward.
+
+    A pipeline gives a stage for each of its methods. Settings are for all of them, rows for those that learn from rows
+    (of that kind, where one is told; without a task for the others too), a reward for those that sample.
+    """
     where = where or Where()
     _known(given, (*entry.parameters, *NAMES, *STAGE_KEYS), place, where)
     hints = get_type_hints(inspect.unwrap(entry.function))
@@ -277,14 +316,34 @@ def stage_of(entry: Entry, given: dict[str, Any], place: Place = (), where: Wher
     if data is not None:
         data = checked(DataSpec, data if isinstance(data, Mapping) else {"source": data}, (*place, "data"), where)
     try:
-        method = entry.function(**arguments).with_settings(**settings)
+        made = entry.function(**arguments)
+        methods = [method.with_settings(**settings) for method in stages_of(made)]
     except (PosttrainError, ValueError) as error:
         raise where.error((*place, *_named_in(error, given)), str(error)) from None
-    if given.get("reward") is not None and not method.online:
-        raise where.error((*place, "reward"), f"{entry.name} learns from {method.data} and takes no reward")
+    reward = given.get("reward")
+    if reward is not None and not any(method.online for method in methods):
+        kinds = " and ".join(dict.fromkeys(method.data for method in methods))
+        raise where.error((*place, "reward"), f"{entry.name} learns from {kinds} and takes no reward")
     if settings.get("epochs") is not None and "steps" not in settings:
-        method = replace(method, settings=replace(method.settings, steps=None))
-    return StageSpec(method, data, given.get("reward"), given)
+        methods = [replace(method, settings=replace(method.settings, steps=None)) for method in methods]
+    if not isinstance(made, Pipeline):
+        return (StageSpec(methods[0], data, reward, given, place=place),)
+    return tuple(
+        StageSpec(
+            method,
+            data if data is not None and _is_for(data, method, with_task) else None,
+            reward if method.online else None,
+            given,
+            Origin(entry.name, {**entry.parameters, **arguments}, i),
+            place,
+        )
+        for i, method in enumerate(methods)
+    )
+
+
+def _is_for(data: DataSpec, method: Method, with_task: bool) -> bool:
+    """Whether a stage of a pipeline takes the rows that the pipeline was given."""
+    return data.kind == method.data if data.kind is not None else not (method.online and with_task)
 
 
 def _named_in(error: Exception, given: Mapping[Any, Any]) -> Place:
@@ -309,10 +368,10 @@ def seconds(value: Any, place: Place = (), where: Where | None = None) -> float:
     """A duration: seconds as a number, or text such as 90s, 10m, 1.5h."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)\s*", str(value))
-    if not found:
+    found = in_seconds(str(value))
+    if found is None:
         raise (where or Where()).error(place, f"budget is {value!r}; expected a duration such as 90s, 10m or 1h")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    return found
 
 
 def _known(given: Mapping[Any, Any], known: Sequence[str], place: Place, where: Where) -> None:
@@ -327,10 +386,27 @@ def _typed(hint: Any, value: Any, place: Place, where: Where) -> Any:
     """The value, which must already be of the type (a whole number will do for a fraction, a list for a tuple)."""
     if isinstance(value, list) and any(get_origin(kind) is tuple for kind in (hint, *get_args(hint))):
         value = tuple(value)
+    kinds = [kind for kind in _alternatives(hint) if _in_yaml(kind)]
+    if not kinds:
+        raise where.error(place, f"{place[-1]} is {value!r}; it can only be given in Python")
+    known: Any = Union[tuple(kinds)]  # noqa: UP007 (made at run time)
     try:
-        return TypeAdapter(hint).validate_python(value, strict=True)
+        return TypeAdapter(known).validate_python(value, strict=True)
     except ValidationError as error:
         raise where.error(place, f"{place[-1]} is {value!r}; {_reason(error)}") from None
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _in_yaml(kind: Any) -> bool:
+    """Whether YAML can say a value of the type: one of its own types, not an object such as a loaded policy."""
+    try:
+        TypeAdapter(kind)
+    except PydanticSchemaGenerationError:
+        return False
+    return True
 
 
 def checked(kind: type[Any], value: Any, place: Place, where: Where) -> Any:

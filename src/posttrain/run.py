@@ -263,7 +263,7 @@ class _Execution:
             raise PosttrainError(f"{method.name}: 1 row to train on; expected 2 or more (rows: 1 trains on it alone)")
         lengths = [len(r.tokens) + 1 if isinstance(r, Prompt) else max(t.length for t in r.trajectories) for r in rows]
         _check_lengths(f"{method.name}: training rows", lengths, policy.max_length)
-        sampler = method.sampler(len(rows), self.recipe.seed + i)
+        sampler = method.sampler(rows, self.recipe.seed + i)
         if not method.online:
             return Offline([r for r in rows if isinstance(r, Group)], sampler, settings), heldout
         prompts = [r for r in rows if isinstance(r, Prompt)]
@@ -274,14 +274,16 @@ class _Execution:
             reward = copy.copy(self.task.reward)  # to count the errors of training alone
             reward.errors, reward.first_error = dict.fromkeys(reward.components, 0), None
         engine = engine_for(policy, rows=settings.rollout_rows)
-        return Online(prompts, sampler, settings, engine, reward, self.recipe.seed * 1_000 + i), heldout
+        environment = self.task.environment if self.task is not None else None
+        return Online(prompts, sampler, settings, engine, reward, self.recipe.seed * 1_000 + i, environment), heldout
 
     def _rows(self, stage: StageSpec, policy: CausalPolicy) -> tuple[list[Group | Prompt], list[Group]]:
         method, limit = stage.method, stage.method.settings.rows
         if stage.data is None:
             assert self.task is not None
             if method.online:
-                return list(self.task.prompts(policy.tokenizer, "train", limit)), []
+                solved = method.wants_demonstrations
+                return list(self.task.prompts(policy.tokenizer, "train", limit, demonstrations=solved)), []
             return list(self.task.demonstrations(policy.tokenizer, limit)), []
         options = stage.data.model_dump(exclude={"heldout"})
         options["kind"] = options["kind"] or method.data

@@ -25,6 +25,7 @@ import yaml
 from posttrain.evaluation.evaluation import Evaluation
 from posttrain.evaluation.statistics import Paired
 from posttrain.evaluation.task import Task
+from posttrain.methods.parts import parts_of
 from posttrain.methods.registry import find
 from posttrain.models.causal import CausalPolicy
 from posttrain.recipe import Recipe
@@ -272,12 +273,21 @@ def only_in_python(recipe: Recipe) -> list[str]:
         if stage.reward is not None and plain(stage.reward) != stage.reward:
             found.append(f"the reward of {name}")
         try:
-            known = find(name).function(**stage.method.arguments)
+            known = find(name).function(**stage.method.arguments) if stage.origin is None else stage.origin.method
         except PosttrainError:
             found.append(f"the method {name}")
             continue
-        if (known.objective, known.sampler, known.critic) != (
-            stage.method.objective, stage.method.sampler, stage.method.critic,
-        ):  # fmt: skip
+        if parts_of(known) != parts_of(stage.method):  # as text: partial functions never equal each other
             found.append(f"the method {name}, changed")
+        arguments = stage.method.arguments if stage.origin is None else stage.origin.arguments
+        found += [f"the argument {key} of {name}" for key, value in arguments.items() if not _in_yaml(value)]
     return found
+
+
+def _in_yaml(value: Any) -> bool:
+    """Whether YAML can hold a method's argument: plain values, and paths as text."""
+    try:
+        json.dumps(value, default=lambda inner: str(inner) if isinstance(inner, Path) else json.dumps(inner))
+    except TypeError:
+        return False
+    return True

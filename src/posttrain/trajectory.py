@@ -18,6 +18,7 @@ Message = Mapping[str, Any]  # {"role": "user" | "assistant" | "system" | "tool"
 Source = Literal["policy", "expert", "teacher", "replay"]
 Label = Literal["chosen", "rejected", "none"]
 Finish = Literal["stop", "length", "none"]
+SOURCES: tuple[Source, ...] = ("policy", "expert", "teacher", "replay")
 
 
 class PosttrainError(Exception):
@@ -36,6 +37,7 @@ class Prompt:
     answer: the reference answer a verifier compares with (any type, None where there is none).
     key: stable identity of the prompt within its data set (used to seed sampling and to pair evaluations).
     meta: whatever else the row held (scorers read it).
+    demonstration: a worked solution to imitate, where the row has one and the method asks for it.
     """
 
     tokens: Tensor
@@ -44,6 +46,7 @@ class Prompt:
     answer: Any = None
     key: int = 0
     meta: dict[str, Any] = field(default_factory=dict)
+    demonstration: Trajectory | None = None
 
     @property
     def question(self) -> str:
@@ -65,6 +68,12 @@ class Trajectory:
     turn: `[length]` int64, the turn of each token (0 for single-turn).
     token_reward: `[length]` fp32, rewards given to single tokens or turn ends; None where only the outcome counts.
     reward: the outcome reward (weighted sum of `rewards`); NaN until something scored it.
+    token_source: `[length]` int64, index into SOURCES of who wrote each token, where one sequence has several authors
+        (a demonstration's prefix with the policy's own continuation); None: `source` wrote all of it.
+    facts: numbers that a rollout strategy or a reward shaping leaves for the advantage, by name (the success rate of
+        everything drawn for the prompt, ...).
+    experts: `[length - 1, layers, k]` int16, the experts that the engine sent each token to (the last one is only
+        predicted), where it is a mixture of experts and was asked to record them.
     """
 
     tokens: Tensor
@@ -80,6 +89,9 @@ class Trajectory:
     finish: Finish = "none"
     text: str = ""
     weight: float = 1.0
+    token_source: Tensor | None = None
+    facts: dict[str, float] = field(default_factory=dict)
+    experts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or self.tokens.shape != self.action_mask.shape:
@@ -157,6 +169,7 @@ class Sampling:
 class Completion:
     """What an engine returns for one sample: its tokens (the end token included when it stopped), log-probabilities
     as sampled and over the full vocabulary (`[length]` fp32 each), why it ended, and its text (special tokens removed).
+    experts: as in `Trajectory`, of the prompt and the completion, where the engine records them.
     """
 
     tokens: Tensor
@@ -164,3 +177,4 @@ class Completion:
     logp_full: Tensor
     finish: Finish
     text: str = ""
+    experts: Tensor | None = None

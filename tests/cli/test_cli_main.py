@@ -20,6 +20,8 @@ COMMANDS = [
     "run",
     "train",
     "evaluate",
+    "compare",
+    "study",
     "chat",
     "report",
     "methods",

@@ -9,6 +9,9 @@ import pytest
 import yaml
 from commands import call, make_folder, write_rows
 
+from posttrain import methods
+from posttrain.methods import registry
+from posttrain.methods.registry import Entry
 from posttrain.recipe import Recipe
 from posttrain.trajectory import PosttrainError
 
@@ -110,6 +113,20 @@ def test_data_goes_to_the_stages_that_learn_from_rows(
     assert [stage.reward for stage in alone.stages] == [None, "exact_match"]
     mixed = recipe_of(capsys, executed, "grpo", "--task", "chain_sum", "--reward", "{exact_match: 1.0, on_error: -1}")
     assert mixed.stages[0].reward == {"exact_match": 1.0, "on_error": -1}
+
+
+def test_rows_and_reward_of_a_pipeline(
+    capsys: pytest.CaptureFixture[str], executed: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = Entry("both", "hybrid", None, lambda: methods.sft() >> methods.grpo())
+    monkeypatch.setitem(registry._METHODS, "both", entry)
+    write_rows(tmp_path / "rows.jsonl", {"prompt": "a", "completion": "b"})
+    given = ("--task", "chain_sum", "--data", "rows.jsonl", "--reward", "exact_match", "--steps", "3")
+    stages = recipe_of(capsys, executed, "both", *given).stages
+    assert [stage.method.name for stage in stages] == ["sft", "grpo"]
+    assert [stage.data is not None for stage in stages] == [True, False]
+    assert [stage.reward for stage in stages] == [None, "exact_match"]
+    assert [stage.method.settings.steps for stage in stages] == [3, 3]
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +19,15 @@ from posttrain.trajectory import Group, Label, Trajectory
 
 VOCABULARY, WIDTH, LONGEST = 9, 5, 16
 Kind = Literal["demonstrations", "preferences", "feedback", "prompts"]
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    """The whole chain in float64; a module takes it by importing it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 class TablePolicy:
@@ -90,12 +100,14 @@ class Padded:
 
 
 class World:
-    """One batch of a kind of data, with every signal random, and the policy that is updated."""
+    """One batch of a kind of data, with every signal random, and the policy that is updated. length: of every
+    completion in action tokens; random ones by default.
+    """
 
-    def __init__(self, kind: Kind, seed: int = 0) -> None:
+    def __init__(self, kind: Kind, seed: int = 0, length: int | None = None) -> None:
         draw = torch.Generator().manual_seed(seed)
         self.policy = TablePolicy(seed)
-        groups = list(_groups(kind, draw))
+        groups = list(_groups(kind, draw, length))
         batch = Batch.of(groups)
         for f in fields(batch):  # the whole chain in float64
             value = getattr(batch, f.name)
@@ -149,9 +161,9 @@ class World:
 REWARDS: Sequence[Sequence[float]] = ((1.0, 0.0, 0.0, 0.25), (0.5, 0.5, 0.5), (0.0, 2.0), (1.0, 0.75, 0.0))
 
 
-def _groups(kind: Kind, draw: torch.Generator) -> list[Group]:
+def _groups(kind: Kind, draw: torch.Generator, length: int | None) -> list[Group]:
     def tokens(prompt: Tensor, **parts: object) -> Trajectory:
-        actions = int(torch.randint(1, 8, (), generator=draw))
+        actions = length or int(torch.randint(1, 8, (), generator=draw))
         own = torch.cat([prompt, torch.randint(0, VOCABULARY, (actions,), generator=draw)])
         return Trajectory(own, torch.arange(len(own)) >= len(prompt), **parts)  # type: ignore[arg-type]
 

@@ -65,6 +65,9 @@ RATIO_METHODS: dict[str, Callable[[], Method]] = {
     "rloo": lambda: methods.rloo(clip=0.9),
     "reinforce++": lambda: methods.reinforce_plus_plus(clip=0.9, kl=0.0),
     "gdpo": lambda: methods.gdpo(clip=0.9),
+    "riskpo": lambda: methods.riskpo(clip=0.9),
+    "minpro": lambda: methods.minpro(high=0.9),
+    "minirl": lambda: methods.minirl(high=0.9),
 }
 
 
@@ -156,7 +159,7 @@ def trainer(**settings: object) -> tuple[Trainer, Poisoned]:
     policy = Poisoned(make_model(0), make_tokenizer())
     assert policy.packs
     method = methods.sft().with_settings(batch=4, token_budget=12, steps=3, learning_rate=0.01, **settings)
-    return Trainer(policy, method, Offline(ROWS, Shuffled(len(ROWS)), method.settings)), policy
+    return Trainer(policy, method, Offline(ROWS, Shuffled(ROWS), method.settings)), policy
 
 
 def state(of: Trainer) -> dict[str, Tensor]:
@@ -196,7 +199,7 @@ def test_a_nan_in_a_masked_token_poisons_nothing_either(policy: CausalPolicy) ->
     spoiled = Poisoned(make_model(0), make_tokenizer())
     method = methods.dapo().with_settings(batch=1, steps=1, learning_rate=0.01)
     group = Group([sequence(4, 1, reward=1.0, finish="length"), sequence(4, 2, reward=0.0)])
-    run = Trainer(spoiled, method, Offline([group], Shuffled(1), method.settings))
+    run = Trainer(spoiled, method, Offline([group], Shuffled(range(1)), method.settings))
     spoiled.spoil = frozenset({0})
     weights = {n: p.detach().clone() for n, p in spoiled.model.named_parameters()}
     metrics = run.step(Collected([group]))
@@ -208,7 +211,7 @@ def test_an_unscored_completion_skips_the_update_too() -> None:
     method = methods.grpo().with_settings(batch=1, steps=1)
     group = Group([sequence(4, 1, reward=1.0), sequence(4, 2)])  # its reward is NaN until something scored it
     policy = CausalPolicy(make_model(0), make_tokenizer())
-    run = Trainer(policy, method, Offline([group], Shuffled(1), method.settings))
+    run = Trainer(policy, method, Offline([group], Shuffled(range(1)), method.settings))
     before = state(run)
     assert run.step(Collected([group]))["skipped"] == 1
     assert same(state(run), before)

@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from posttrain.objective.denominator import OldPolicySequence, Ratio
-from posttrain.objective.mask import Clip, DropTruncated, DualClip
+from posttrain.objective.mask import Clip, DropTruncated, DualClip, Plausible
+from posttrain.trajectory import SOURCES
 
 
 def at(*ratios: float) -> Ratio:
@@ -91,3 +92,14 @@ def test_truncated_sequences_are_dropped_whole() -> None:
     kept = DropTruncated()(batch, at(1.0, 1.0, 1.0, 1.0, 1.0, 1.0), torch.ones(6))
     assert kept.keep.tolist() == [True, True, False, False, False, False]
     assert bool((kept.bound == 0).all())
+
+
+def test_implausible_tokens_of_others_are_dropped() -> None:
+    batch = ragged([[4]])
+    assert batch.token_source is not None
+    batch.token_source[2:] = SOURCES.index("replay")
+    ratio = at(1, 1, 1, 1)
+    ratio.logp = torch.tensor([-20.0, -1.0, -13.9, -13.8])  # log 1e-6 = -13.8155
+    kept = Plausible(1e-6)(batch, ratio, -torch.ones(4))
+    assert kept.keep.tolist() == [True, True, False, True]
+    assert kept.bound.tolist() == [0, 0, 0, 0]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from report_run import HACK, append, write_run
 
 from posttrain import report
-from posttrain.report import curves, folder, page, results, thin
+from posttrain.report import curves, document, folder, page, results, thin
 from posttrain.trajectory import PosttrainError
 
 values = st.lists(st.none() | st.floats(-1e6, 1e6), max_size=200)
@@ -345,14 +345,14 @@ def test_the_rolling_mean_by_hand():
 @settings(deadline=None)
 @given(st.recursive(st.none() | st.text() | st.integers(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
 def test_embedded_json_says_the_same_and_can_end_no_script(value):
-    text = page.embed(value)
+    text = document.embed(value)
     assert json.loads(text) == value
     assert text.isascii()
     assert not set(text) & set("<>&")
 
 
 def test_embedded_numbers_that_json_lacks_are_null():
-    assert page.embed({"a": [float("nan"), float("inf"), 1.5]}) == '{"a":[null,null,1.5]}'
+    assert document.embed({"a": [float("nan"), float("inf"), 1.5]}) == '{"a":[null,null,1.5]}'
 
 
 def test_hostile_text_never_becomes_markup(tmp_path: Path):

@@ -135,7 +135,7 @@ def test_reward_from_import_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         ("math_verfy", "unknown verifier 'math_verfy'; did you mean math_verify"),
         ({"exact_macth": 1.0}, "did you mean exact_match"),
-        ("zzz", "known: contains, exact_match"),
+        ("zzz", "known: box_match, contains"),
         ("no_such_module_anywhere:f", "cannot import it: ModuleNotFoundError"),
         ("math:no_such_function", "AttributeError"),
         ("math:pi", "that is a float; expected something callable"),

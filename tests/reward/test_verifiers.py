@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posttrain.reward.catalogue import VERIFIERS
 from posttrain.reward.verifiers import (
-    VERIFIERS,
     Contains,
     ExactMatch,
     Format,

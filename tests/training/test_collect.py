@@ -42,22 +42,22 @@ def source(reward: Any, sampler: Shuffled, **settings: Any) -> tuple[Online, Scr
 
 def test_offline_takes_rows_in_the_samplers_order() -> None:
     groups = demonstrations(10)
-    found = Offline(groups, Shuffled(10, 4), Settings(batch=4))
-    order = Shuffled(10, 4).take(12)
+    found = Offline(groups, Shuffled(range(10), 4), Settings(batch=4))
+    order = Shuffled(range(10), 4).take(12)
     places = {id(group): i for i, group in enumerate(groups)}
     for step in range(3):
         collected = found.collect(step)
         assert [places[id(g)] for g in collected.groups] == order[4 * step : 4 * step + 4]
         assert collected.metrics["length"] == sum(g.trajectories[0].actions for g in collected.groups) / 4
     assert found.rows == 10
-    assert len(Offline(groups, Shuffled(10), Settings(batch=99)).collect(0).groups) == 10
+    assert len(Offline(groups, Shuffled(range(10)), Settings(batch=99)).collect(0).groups) == 10
 
 
 def test_online_plays_prompts_and_scores_them() -> None:
-    found, engine = source(lambda completion, prompt: float(completion.endswith("1")), Shuffled(8, 1), top_p=0.9)
+    found, engine = source(lambda completion, prompt: float(completion.endswith("1")), Shuffled(range(8), 1), top_p=0.9)
     collected = found.collect(5)
     (keys, samples, sampling, seed) = engine.calls[0]
-    assert keys == [found.prompts[i].key for i in Shuffled(8, 1).take(3)]
+    assert keys == [found.prompts[i].key for i in Shuffled(range(8), 1).take(3)]
     assert (samples, sampling, seed) == (2, Sampling(4, 1.0, 0, 0.9, 0.0), (7 * 1_000_003 + 5) * MAX_ROUNDS)
     assert [[t.reward for t in g.trajectories] for g in collected.groups] == [[0, 1]] * 3
     expected = {"reward": 0.5, "length": 1, "truncated": 0.5, "undecided": 1}
@@ -66,7 +66,7 @@ def test_online_plays_prompts_and_scores_them() -> None:
 
 
 def test_every_step_and_round_has_a_seed_of_its_own() -> None:
-    found, engine = source(lambda completion, prompt: 0.0, Undecided(8), batch=8)
+    found, engine = source(lambda completion, prompt: 0.0, Undecided(range(8)), batch=8)
     for step in range(20):
         found.collect(step)
     seeds = [call[3] for call in engine.calls]
@@ -75,8 +75,10 @@ def test_every_step_and_round_has_a_seed_of_its_own() -> None:
 
 def test_refused_groups_are_drawn_again() -> None:
     """Rewards differ on even prompts only."""
-    found, engine = source(lambda completion, prompt: float(completion[-1]) * (prompt.key % 2 == 0), Undecided(8, 2))
-    order = Shuffled(8, 2).take(8)
+    found, engine = source(
+        lambda completion, prompt: float(completion[-1]) * (prompt.key % 2 == 0), Undecided(range(8), 2)
+    )
+    order = Shuffled(range(8), 2).take(8)
     collected = found.collect(0)
     assert [g.prompt.key % 2 for g in collected.groups if g.prompt is not None] == [0, 0, 0]
     drawn = [key for call in engine.calls for key in call[0]]
@@ -88,7 +90,7 @@ def test_refused_groups_are_drawn_again() -> None:
 
 
 def test_where_nothing_is_admitted_the_step_still_has_groups() -> None:
-    found, engine = source(lambda completion, prompt: 1.0, Undecided(8))
+    found, engine = source(lambda completion, prompt: 1.0, Undecided(range(8)))
     collected = found.collect(0)
     assert len(engine.calls) == MAX_ROUNDS
     assert len(collected.groups) == 3
@@ -99,7 +101,7 @@ def test_where_nothing_is_admitted_the_step_still_has_groups() -> None:
 def test_a_method_that_draws_again_trains_on_the_undecided() -> None:
     settings = {"batch": 3, "group": 4, "max_tokens": 6, "steps": 1, "learning_rate": 1e-3}
     method = methods.grpo().replace(sampler=methods.dapo().sampler).with_settings(**settings)
-    trainer = online(method, reward=lambda c, p: letters(c, p) * (p.key % 2), sampler=method.sampler(8, 0))
+    trainer = online(method, reward=lambda c, p: letters(c, p) * (p.key % 2), sampler=method.sampler(range(8), 0))
     collected = trainer.source.collect(0)
     assert all(g.prompt is not None and g.prompt.key % 2 for g in collected.groups)
     assert trainer.step(collected)["grad_norm"] > 0

@@ -12,17 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import (
-    demonstrations,
-    feedback,
-    make_dropout_policy,
-    make_policy,
-    offline,
-    online,
-    pairs,
-    same,
-    weights,
-)
 
 from posttrain import methods
 from posttrain.models.adapters import add_lora
@@ -34,6 +23,17 @@ from posttrain.training.loop import Trainer
 from posttrain.training.method import Method
 from posttrain.training.track import Tracker
 from posttrain.trajectory import Group, PosttrainError, Prompt
+from tiny_training import (
+    demonstrations,
+    feedback,
+    make_dropout_policy,
+    make_policy,
+    offline,
+    online,
+    pairs,
+    same,
+    weights,
+)
 
 FAST: dict[str, Any] = {"learning_rate": 1e-2, "warmup": 0.0, "schedule": "constant"}
 SHORT: dict[str, Any] = {"batch": 3, "group": 4, "max_tokens": 6, "steps": 2}
@@ -345,11 +345,10 @@ def test_a_second_model_is_held_only_where_it_is_needed(
 
 def measuring(trainer: Trainer) -> dict[str, float]:
     """Samples and likelihoods on the side, as a real evaluation does."""
-    from tiny_training import prompts
-
     from posttrain.rollout.embedded import EmbeddedEngine
     from posttrain.training.scoring import heldout_loss
     from posttrain.trajectory import Sampling
+    from tiny_training import prompts
 
     EmbeddedEngine(trainer.policy).generate(prompts(2), 2, Sampling(max_tokens=4), seed=1)
     if trainer.method.online:

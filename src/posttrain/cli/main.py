@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain.cli import chat, evaluate, methods, models, report, run, train
+from posttrain.cli import chat, compare, evaluate, methods, models, report, run, study, train
 from posttrain.cli.quiet import quiet
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -30,6 +30,8 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("report")(report.report)
+app.command("compare")(compare.compare)
+app.command("study")(study.study)
 app.add_typer(methods.app, name="methods")
 app.add_typer(models.app, name="models")
 

@@ -61,13 +61,13 @@ def train(
     from posttrain.recipe_text import Where, override
     from posttrain.run import execute
 
-    given = _given(
+    given = given_settings(
         {"steps": steps, "epochs": epochs, "batch": batch, "learning_rate": learning_rate, "lora": lora,
          "budget": budget},
         [text for text in overrides or [] if "." not in text.partition("=")[0]],
     )  # fmt: skip
     entries = [find(name) for name in methods]
-    stages, places = _stages(entries, given)
+    stages, places = stages_with(entries, given)
     _add_sources(entries, stages, data, inline("--reward", reward) if reward else None, with_task=task is not None)
     values: dict[str, Any] = {"model": model, "stages": stages, "seed": seed}
     if task is not None:
@@ -80,7 +80,7 @@ def train(
     finish(execute(recipe, folder=output, command=command()))
 
 
-def _given(shortcuts: dict[str, Any], assignments: list[str]) -> Given:
+def given_settings(shortcuts: dict[str, Any], assignments: list[str]) -> Given:
     """What was set, by shortcuts and by --set."""
     from posttrain.recipe_text import read_yaml
     from posttrain.trajectory import PosttrainError
@@ -98,7 +98,7 @@ def _given(shortcuts: dict[str, Any], assignments: list[str]) -> Given:
     return given
 
 
-def _stages(entries: list[Entry], given: Given) -> tuple[list[dict[str, Any]], dict[Place, str]]:
+def stages_with(entries: list[Entry], given: Given) -> tuple[list[dict[str, Any]], dict[Place, str]]:
     """The stages with their settings, and where each came from."""
     from posttrain.reward.names import unknown
     from posttrain.training.settings import NAMES
@@ -123,15 +123,15 @@ def _add_sources(
     """Data for the stages that learn from rows (a task gives the others their prompts), the reward for the others."""
     from posttrain.trajectory import PosttrainError
 
-    online = [entry.function().online for entry in entries]
+    online = [[method.online for method in entry.stages] for entry in entries]  # one each, of a pipeline several
     for entry, stage, samples in zip(entries, stages, online, strict=True):
-        if data is not None and not (samples and with_task):
+        if data is not None and not (all(samples) and with_task):
             stage[entry.name]["data"] = data
-        if reward is not None and samples:
+        if reward is not None and any(samples):
             stage[entry.name]["reward"] = reward
-    if reward is not None and not any(online):
+    if reward is not None and not any(map(any, online)):
         raise PosttrainError("--reward: no stage samples completions; give a method such as grpo, or leave it out")
-    if data is not None and with_task and all(online):
+    if data is not None and with_task and all(map(all, online)):
         raise PosttrainError(
             "--data: every stage samples completions on the task's prompts; leave out --data or --task"
         )

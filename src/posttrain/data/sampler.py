@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +11,11 @@ from posttrain.trajectory import Group, PosttrainError
 
 
 class Sampler(Protocol):
-    """State is a JSON object: a resumed run takes exactly the rows that an uninterrupted one would have taken."""
+    """State is a JSON object: a resumed run takes exactly the rows that an uninterrupted one would have taken.
+
+    One may also have `survey(prompts, draw)`, called before every step with all prompts of the stage and a function
+    that draws scored completions (`draw(prompts, samples)`), and `metrics()`, figures for the run's log.
+    """
 
     def take(self, count: int) -> list[int]:
         """Row numbers of the next `count` rows."""
@@ -28,10 +32,10 @@ class Sampler(Protocol):
 class Shuffled:
     """Every row once an epoch, in an order that depends on the seed and the epoch alone."""
 
-    def __init__(self, rows: int, seed: int = 0) -> None:
-        if rows < 1:
+    def __init__(self, rows: Sized, seed: int = 0) -> None:
+        if not rows:
             raise PosttrainError("there is no row to train on; expected at least 1")
-        self.rows, self.seed = rows, seed
+        self.rows, self.seed = len(rows), seed
         self.taken = 0
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 

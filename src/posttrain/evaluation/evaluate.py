@@ -14,7 +14,8 @@ from posttrain.evaluation.choices import METRICS, Likelihood, choose, option_sco
 from posttrain.evaluation.evaluation import Evaluation
 from posttrain.evaluation.task import Task
 from posttrain.rollout.engine import Engine, Progress
-from posttrain.trajectory import Completion, PosttrainError, Sampling
+from posttrain.rollout.rollout import rollout
+from posttrain.trajectory import Completion, PosttrainError, Prompt, Sampling, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +58,7 @@ def evaluate(
         raise PosttrainError(f"task {task.name} needs an engine that generates completions; got None")
     drawn = _sampling(task, samples, sampling)
     prompts = task.prompts(tokenizer, "heldout", limit)
-    completions = engine.generate(prompts, samples, drawn, seed, progress)
+    completions = _completions(engine, task, prompts, samples, drawn, seed, progress)
     scores = [
         [task.reward.score(prompt, c.text, tokens=len(c.tokens), finish=c.finish) for c in row]
         for prompt, row in zip(prompts, completions, strict=True)
@@ -81,6 +82,30 @@ def evaluate(
         errors=dict(Counter(name for name, _ in failures)),
         first_error=failures[0][1] if failures else None,
     )
+
+
+def _completions(
+    engine: Engine,
+    task: Task,
+    prompts: Sequence[Prompt],
+    samples: int,
+    sampling: Sampling,
+    seed: int,
+    progress: Progress | None,
+) -> list[list[Completion]]:
+    """Completions, or the policy's part of whole episodes where the task has an environment."""
+    if task.environment is None:
+        return engine.generate(prompts, samples, sampling, seed, progress)
+    groups = rollout(engine, prompts, samples, sampling, seed, task.environment, progress)
+    return [[_spoken(t) for t in group.trajectories] for group in groups]
+
+
+def _spoken(episode: Trajectory) -> Completion:
+    said = episode.action_mask
+    assert episode.behaviour_logp is not None
+    assert episode.behaviour_logp_full is not None
+    logp, full = episode.behaviour_logp[said], episode.behaviour_logp_full[said]
+    return Completion(episode.tokens[said], logp, full, episode.finish, episode.text)
 
 
 def _check(task: Task, samples: int, limit: int | None, ks: Sequence[int]) -> None:

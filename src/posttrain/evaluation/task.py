@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from posttrain.reward.names import unknown
 from posttrain.reward.reward import Reward, Score
+from posttrain.rollout.environment import Environment
 from posttrain.trajectory import Group, Message, PosttrainError, Prompt, Sampling, Trajectory
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Task:
     train, heldout: the problems. No prompt occurs twice in a split, and none of `heldout` in `train`.
     reward: scores completions. A completion is right where the component `metric` (the total, where None) reaches
         `threshold`, and did not fail.
+    environment: who answers the policy, where a problem takes several turns.
     system: system prompt of every problem. sampling: how completions are drawn where the caller does not say.
     """
 
@@ -65,6 +67,7 @@ class Task:
     system: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     description: str = ""
+    environment: Environment | None = None
 
     def __post_init__(self) -> None:
         train, heldout = self._distinct("train"), self._distinct("heldout")
@@ -89,17 +92,33 @@ class Task:
             raise PosttrainError(f"task {self.name}: got split {split!r}; expected train or heldout")
         return self.train if split == "train" else self.heldout
 
-    def prompts(self, tokenizer: PreTrainedTokenizerBase, split: Split, limit: int | None = None) -> list[Prompt]:
-        """The first `limit` problems of a split as prompts, through the chat template where the tokenizer has one."""
+    def prompts(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        split: Split,
+        limit: int | None = None,
+        *,
+        demonstrations: bool = False,
+    ) -> list[Prompt]:
+        """The first `limit` problems of a split as prompts, through the chat template where the tokenizer has one.
+
+        demonstrations: only problems with a worked solution, which their prompts carry.
+        """
+        if demonstrations:
+            return [_with_demonstration(group) for group in self._solved(tokenizer, split, limit)]
         return [self._prompt(tokenizer, item) for item in self.items(split)[:limit]]
 
     def demonstrations(self, tokenizer: PreTrainedTokenizerBase, limit: int | None = None) -> list[Group]:
         """The first `limit` training problems that have a worked solution, one demonstration a group."""
+        return self._solved(tokenizer, "train", limit)
+
+    def _solved(self, tokenizer: PreTrainedTokenizerBase, split: Split, limit: int | None) -> list[Group]:
         from posttrain.data.templates import render_completion
 
-        solved = [item for item in self.train if item.solution is not None][:limit]
+        solved = [item for item in self.items(split) if item.solution is not None][:limit]
         if not solved:
-            raise PosttrainError(f"task {self.name}: no training problem has a worked solution to imitate")
+            kind = "training" if split == "train" else "held-out"
+            raise PosttrainError(f"task {self.name}: no {kind} problem has a worked solution to imitate")
         groups = []
         for item in solved:
             solution = str(item.solution)
@@ -131,6 +150,11 @@ class Task:
                 )
             keys.add(item.key)
         return keys
+
+
+def _with_demonstration(group: Group) -> Prompt:
+    assert group.prompt is not None
+    return replace(group.prompt, demonstration=group.trajectories[0])
 
 
 def without_repeats(items: Sequence[TaskItem], seen: set[int]) -> list[TaskItem]:

@@ -1,5 +1,14 @@
 """The catalogue: a family a module, a method a documented function that composes parts."""
 
+from posttrain.methods.agents import s_ppo, st_ppo, turn_ppo
+from posttrain.methods.baselines import clip_cov, dppo, gmpo, gpg, grpo_passk, kl_cov, opo, otb, remax
+from posttrain.methods.continual import recap, rif_rft
+from posttrain.methods.curriculum import curr_reft, dump, modomodo
+from posttrain.methods.distillation import kd_rkl, kdrl
+from posttrain.methods.exploration import darling, rep_exp
+from posttrain.methods.guided import prefix_rft, thinktuning
+from posttrain.methods.hybrid import ahpo, chord, chord_phi, hpt, luffy, srft, visurf
+from posttrain.methods.importance import minirl, minpro
 from posttrain.methods.policy_gradient import (
     cispo,
     dapo,
@@ -24,36 +33,87 @@ from posttrain.methods.preference import (
     robust_dpo,
     simpo,
 )
+from posttrain.methods.pretraining import rlp, rmt
 from posttrain.methods.registry import find, method, registered
-from posttrain.methods.supervised import dft, sft
+from posttrain.methods.reward_shaping import noisy_rewards, rpr, timehc_rl, trust_grpo
+from posttrain.methods.risk import riskpo
+from posttrain.methods.sampling import reinforce_ada
+from posttrain.methods.self_play import eva
+from posttrain.methods.self_training import mm_upt, sapo
+from posttrain.methods.supervised import asft, dft, raft, sft
 from posttrain.training.method import Method, Pipeline
 
 __all__ = [
     "Method",
     "Pipeline",
+    "ahpo",
     "apo_down",
     "apo_zero",
+    "asft",
+    "chord",
+    "chord_phi",
     "cispo",
+    "clip_cov",
+    "curr_reft",
     "dapo",
+    "darling",
     "dft",
     "dpo",
     "dpo_norm",
+    "dppo",
     "dr_grpo",
+    "dump",
+    "eva",
     "find",
     "gdpo",
+    "gmpo",
+    "gpg",
     "grpo",
+    "grpo_passk",
     "gspo",
     "hinge_dpo",
+    "hpt",
     "ipo",
+    "kd_rkl",
+    "kdrl",
+    "kl_cov",
     "kto",
+    "luffy",
     "method",
+    "minirl",
+    "minpro",
+    "mm_upt",
+    "modomodo",
+    "noisy_rewards",
+    "opo",
     "orpo",
+    "otb",
     "ppo",
+    "prefix_rft",
+    "raft",
+    "recap",
     "registered",
     "reinforce",
+    "reinforce_ada",
     "reinforce_plus_plus",
+    "remax",
+    "rep_exp",
+    "rif_rft",
+    "riskpo",
     "rloo",
+    "rlp",
+    "rmt",
     "robust_dpo",
+    "rpr",
+    "s_ppo",
+    "sapo",
     "sft",
     "simpo",
+    "srft",
+    "st_ppo",
+    "thinktuning",
+    "timehc_rl",
+    "trust_grpo",
+    "turn_ppo",
+    "visurf",
 ]

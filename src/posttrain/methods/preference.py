@@ -93,7 +93,7 @@ def dpo_norm(beta: float = 5.0) -> Method:
     return _preference(pairs.LengthNormalised(beta))
 
 
-@method(family="preference")
+@method(family="preference", branch="2.3u")
 def simpo(beta: float = 2.0, gamma: float = 0.5, label_smoothing: float = 0.0) -> Method:
     r"""SimPO: the mean log-probability itself is the reward; a target margin, and no reference model.
 
@@ -107,7 +107,7 @@ def simpo(beta: float = 2.0, gamma: float = 0.5, label_smoothing: float = 0.0) -
     return _preference(pairs.SimPO(beta, gamma, label_smoothing), reference=False)
 
 
-@method(family="preference")
+@method(family="preference", branch="2.3u")
 def orpo(beta: float = 0.1) -> Method:
     r"""ORPO: SFT on the chosen answer with an odds-ratio penalty on the rejected one; no reference model.
 
@@ -151,7 +151,7 @@ def apo_down(beta: float = 0.1) -> Method:
     return _preference(pairs.APODown(beta))
 
 
-@method(family="preference")
+@method(family="preference", branch="2.3u")
 def kto(beta: float = 0.1, desirable: float = 1.0, undesirable: float = 1.0) -> Method:
     r"""KTO: single answers marked desirable or not, judged against the policy's divergence from the reference.
 

@@ -7,22 +7,34 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ParamSpec
+from typing import Any, Literal, ParamSpec, TypeVar
 
-from posttrain.training.method import OBJECTIVE_PARTS, Method
+from posttrain.methods import verdicts
+from posttrain.methods.parts import Parts, parts_of
+from posttrain.methods.taxonomy import taxonomy
+from posttrain.training.method import Method, Pipeline, stages_of
 from posttrain.trajectory import PosttrainError
 
 P = ParamSpec("P")
+Made = TypeVar("Made", bound=Method | Pipeline)
+Kind = Literal["online", "offline", "pipeline"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered method. card: three digits, several of them, or None where no card describes it."""
+    """A registered method. card: three digits, several of them, or None where no card describes it. function: makes
+    the `Method`, or the `Pipeline` of a recipe that a paper published.
+    """
 
     name: str
     family: str
     card: str | tuple[str, ...] | None
-    function: Callable[..., Method]
+    function: Callable[..., Any]
+    given_branch: str | None = None
+
+    @property
+    def cards(self) -> tuple[str, ...]:
+        return (self.card,) if isinstance(self.card, str) else self.card or ()
 
     @property
     def summary(self) -> str:
@@ -35,36 +47,72 @@ class Entry:
         return {n: p.default for n, p in inspect.signature(self.function).parameters.items()}
 
     @property
-    def parts(self) -> dict[str, str]:
-        """The method's parts with its defaults, each as its constructor call."""
-        objective = self.function().objective
-        return {part: _show(getattr(objective, part)) for part in OBJECTIVE_PARTS}
+    def stages(self) -> tuple[Method, ...]:
+        """The method with its defaults; of a pipeline, its methods in order."""
+        return stages_of(self.function())
+
+    @property
+    def kind(self) -> Kind:
+        made = self.function()
+        return "pipeline" if isinstance(made, Pipeline) else "online" if made.online else "offline"
+
+    @property
+    def parts(self) -> Parts:
+        """The method's parts with its defaults, each as its constructor call (see `parts_of`)."""
+        return parts_of(self.function())
+
+    @property
+    def branch(self) -> str | None:
+        """Where it stands in the taxonomy: as registered, else by its card and family."""
+        if self.given_branch is None:
+            return taxonomy().place(self.family, self.cards)
+        if self.given_branch not in taxonomy().branches:
+            raise PosttrainError(
+                f"method {self.name} has branch {self.given_branch!r}; expected one of "
+                f"{', '.join(taxonomy().branches)} (methods/taxonomy.yaml)"
+            )
+        return self.given_branch
+
+    @property
+    def studies(self) -> tuple[verdicts.Verdict, ...]:
+        """What the studies that test it found."""
+        return verdicts.of_method(self.name)
+
+    @property
+    def verdict(self) -> verdicts.Outcome:
+        """The studies' verdict in one word; `none` before any."""
+        return verdicts.overall(self.studies)
 
 
 _METHODS: dict[str, Entry] = {}
 
 
 def method(
-    *, family: str, card: str | tuple[str, ...] | None = None, name: str | None = None
-) -> Callable[[Callable[P, Method]], Callable[P, Method]]:
-    """Register a function that returns a `Method`, under its own name with hyphens unless another is given.
+    *, family: str, card: str | tuple[str, ...] | None = None, name: str | None = None, branch: str | None = None
+) -> Callable[[Callable[P, Made]], Callable[P, Made]]:
+    """Register a function that returns a `Method` or a `Pipeline`, under its own name with hyphens unless another is
+    given.
 
-    The method it returns carries that name and the arguments of the call.
+    branch: where it stands in the taxonomy, when its card and family do not say it (see `Entry.branch`).
+    The method it returns carries that name and the arguments of the call; the stages of a pipeline carry their own.
     """
 
-    def register(function: Callable[P, Method]) -> Callable[P, Method]:
+    def register(function: Callable[P, Made]) -> Callable[P, Made]:
         known = name or function.__name__.replace("_", "-")
         signature = inspect.signature(function)
 
         @functools.wraps(function)
-        def build(*args: P.args, **kwargs: P.kwargs) -> Method:
+        def build(*args: P.args, **kwargs: P.kwargs) -> Made:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            return replace(function(*args, **kwargs), name=known, arguments=dict(bound.arguments))
+            made = function(*args, **kwargs)
+            if isinstance(made, Pipeline):
+                return made
+            return replace(made, name=known, arguments=dict(bound.arguments))
 
         if not function.__doc__:
             raise PosttrainError(f"method {known} has no docstring; expected its definition, arguments and reference")
-        _METHODS[known] = Entry(known, family, card, build)
+        _METHODS[known] = Entry(known, family, card, build, branch)
         return build
 
     return register
@@ -83,9 +131,3 @@ def find(name: str) -> Entry:
     near = difflib.get_close_matches(known, _METHODS, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_METHODS)}"
     raise PosttrainError(f"unknown method {name!r}; {hint}")
-
-
-def _show(part: object) -> str:
-    if isinstance(part, tuple):
-        return ", ".join(_show(p) for p in part) or "none"
-    return repr(part).replace("posttrain.", "")

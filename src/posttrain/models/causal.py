@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from posttrain.models.attention import LayerState, packed_attention
 from posttrain.models.packing import pack
+from posttrain.models.routing import routed
 from posttrain.objective.batch import Batch
 from posttrain.objective.likelihood import Likelihood
 from posttrain.objective.logprob import Divergence, Head, token_statistics
@@ -111,15 +112,18 @@ class CausalPolicy:
         entropy: bool = False,
         reference: Likelihood | None = None,
         divergence: Divergence = "reverse",
+        experts: bool = False,
     ) -> Likelihood:
         """Log-probability of each action token given what precedes it in its sequence, at `temperature`.
 
         reference: another policy's answer for the same batch (its hidden states and head); adds the divergence to it.
+        experts: also say which experts each token was sent to. Experts that the batch carries are replayed.
         """
         if max(len(t) for t in batch.tokens) > self.max_length:
             longest = max(len(t) for t in batch.tokens)
             raise PosttrainError(f"a sequence of {longest} tokens exceeds the model's context of {self.max_length}")
-        hidden = self._packed_hidden(batch) if self.packs else self._padded_hidden(batch)
+        chosen: list[Tensor] | None = [] if experts else None
+        hidden = self._packed_hidden(batch, chosen) if self.packs else self._padded_hidden(batch, chosen)
         head = self.head(temperature)
         against = None
         if reference is not None:
@@ -129,12 +133,17 @@ class CausalPolicy:
         found = token_statistics(
             hidden, batch.target.to(hidden.device), head, entropy=entropy, reference=against, divergence=divergence
         )
-        return Likelihood(found.logp, found.entropy, found.divergence, hidden, head)
+        return Likelihood(found.logp, found.entropy, found.divergence, hidden, head, experts=chosen)
 
-    def _packed_hidden(self, batch: Batch, **options: Any) -> Tensor:
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """`[M, width]` final hidden states that predict the action tokens, without their log-probabilities."""
+        return self._packed_hidden(batch) if self.packs else self._padded_hidden(batch)
+
+    def _packed_hidden(self, batch: Batch, chosen: list[Tensor] | None = None, **options: Any) -> Tensor:
         """`[M, width]` hidden states that predict the targets, from one packed row."""
         layout = pack(batch).to(self.device)
-        with packed_attention(self.model):
+        experts = routed(self.model, batch.experts, layout.inputs, len(layout.tokens), chosen)
+        with packed_attention(self.model), experts:
             out = self.body(
                 input_ids=layout.tokens[None],
                 position_ids=layout.positions[None],
@@ -144,10 +153,16 @@ class CausalPolicy:
             )
         return out.last_hidden_state[0].index_select(0, layout.source)
 
-    def _padded_hidden(self, batch: Batch) -> Tensor:
+    def _padded_hidden(self, batch: Batch, chosen: list[Tensor] | None = None) -> Tensor:
         """The same from right-padded rows with the model's own attention."""
         rows = self._padded(batch)
-        out = self.body(**rows, use_cache=False).last_hidden_state
+        count, width = rows["input_ids"].numel(), rows["input_ids"].shape[1]
+
+        def places() -> list[Tensor]:
+            return [torch.arange(s * width, s * width + len(t)) for s, t in enumerate(batch.tokens)]
+
+        with routed(self.model, batch.experts, places, count, chosen):
+            out = self.body(**rows, use_cache=False).last_hidden_state
         return out[batch.sequence.to(self.device), (batch.place - 1).to(self.device)]
 
     def _padded(self, batch: Batch) -> dict[str, Tensor]:

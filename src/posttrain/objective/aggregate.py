@@ -58,3 +58,12 @@ class GroupMean:
 
     def __call__(self, batch: Batch, totals: Totals) -> Tensor:
         return torch.full((batch.target.numel(),), 1 / totals.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptMean:
+    """Mean over a sequence's tokens, sum over sequences, divided by the prompts of the whole step, also those that have
+    no sequence in this term of a mixture: 1 / (prompts * length)."""
+
+    def __call__(self, batch: Batch, totals: Totals) -> Tensor:
+        return batch.spread(1 / (totals.step_groups * batch.lengths))

@@ -12,19 +12,34 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from posttrain.trajectory import Group
+from posttrain.trajectory import SOURCES, Group
 
-SOURCES = ("policy", "expert", "teacher", "replay")
 LABELS = {"none": 0, "chosen": 1, "rejected": -1}
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Counts over the whole optimizer step, whatever micro-batches it was split into: what losses are divided by."""
+    """Counts over the whole optimizer step, whatever micro-batches it was split into: what losses are divided by.
+
+    whole: the counts of all sequences, where these are of some only (a term of a mixture).
+    """
 
     tokens: int
     sequences: int
     groups: int
+    whole: Totals | None = None
+    by_source: dict[str, tuple[int, int, frozenset[int]]] = field(default_factory=dict, compare=False, repr=False)
+
+    def of_sources(self, sources: Sequence[str]) -> Totals:
+        """Counts of the step's sequences of some sources alone."""
+        found = [self.by_source[s] for s in sources if s in self.by_source]
+        groups = frozenset[int]().union(*(g for _, _, g in found))
+        return Totals(sum(t for t, _, _ in found), sum(s for _, s, _ in found), len(groups), whole=self)
+
+    @property
+    def step_groups(self) -> int:
+        """Groups (prompts) of the whole step."""
+        return self.groups if self.whole is None else self.whole.groups
 
 
 @dataclass(slots=True)
@@ -32,10 +47,13 @@ class Batch:
     """Trajectories as flat arrays.
 
     Per token `[M]`: target (int64 token id), place (int64, its index in the sequence), sequence (int64), turn (int64),
-    behaviour_logp and behaviour_logp_full (fp32, NaN where the sampler is unknown), token_reward (fp32), and what the
-    training loop adds: old_logp, reference_logp, value (fp32), advantage, returns.
-    Per sequence `[S]`: reward (fp32), rewards (by component), group (int64), label (+1 chosen, -1 rejected, 0),
-    source (index into SOURCES), truncated (bool), weight (fp32).
+    behaviour_logp and behaviour_logp_full (fp32, NaN where the sampler is unknown), token_reward (fp32), token_source
+    (int64, index into SOURCES of who wrote it), and what the training loop adds: old_logp, reference_logp,
+    teacher_logp, value (fp32), advantage, returns.
+    Per sequence `[S]`: reward (fp32), rewards (by component), facts (by name; NaN where a sequence has none), group
+    (int64), label (+1 chosen, -1 rejected, 0), source (index into SOURCES), truncated (bool), weight (fp32), experts
+    (those to replay, `[inputs, layers, k]` int16, empty where unknown; None: there is nothing to replay).
+    step, total: the optimizer step (from 0) and how many the stage has, for parts that follow a schedule.
     """
 
     tokens: list[Tensor]
@@ -56,9 +74,15 @@ class Batch:
     old_logp: Tensor | None = None
     reference_logp: Tensor | None = None
     value: Tensor | None = None
+    teacher_logp: Tensor | None = None
     advantage: Tensor | None = None
     returns: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Tensor] = field(default_factory=dict)
+    token_source: Tensor | None = None
+    experts: list[Tensor] | None = None
+    step: int = 0
+    total: int = 1
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> Batch:
@@ -81,6 +105,14 @@ class Batch:
             )
 
         names = sorted({name for _, t in members for name in t.rewards})
+        facts = sorted({name for _, t in members for name in t.facts})
+        sources = torch.tensor([SOURCES.index(t.source) for _, t in members])
+        written = [
+            p.new_full((len(p),), int(s)) if t.token_source is None else t.token_source[p]
+            for (_, t), p, s in zip(members, places, sources, strict=True)
+        ]
+        nowhere = torch.empty(0, dtype=torch.int16)
+        routed = any(t.experts is not None for _, t in members)
         return cls(
             tokens=[t.tokens for _, t in members],
             target=torch.cat([t.tokens[p] for (_, t), p in zip(members, places, strict=True)]),
@@ -94,9 +126,12 @@ class Batch:
             rewards={n: torch.tensor([t.rewards.get(n, float("nan")) for _, t in members]) for n in names},
             group=torch.tensor([g for g, _ in members]),
             label=torch.tensor([LABELS[t.label] for _, t in members]),
-            source=torch.tensor([SOURCES.index(t.source) for _, t in members]),
+            source=sources,
             truncated=torch.tensor([t.finish == "length" for _, t in members]),
             weight=torch.tensor([t.weight for _, t in members], dtype=torch.float32),
+            facts={n: torch.tensor([t.facts.get(n, float("nan")) for _, t in members]) for n in facts},
+            token_source=torch.cat(written),
+            experts=[nowhere if t.experts is None else t.experts for _, t in members] if routed else None,
         )
 
     def __len__(self) -> int:
@@ -113,7 +148,12 @@ class Batch:
 
     @property
     def totals(self) -> Totals:
-        return Totals(tokens=self.target.numel(), sequences=len(self), groups=self.groups)
+        by_source = {}
+        for number in self.source.unique().tolist():
+            members = self.source == number
+            counts = int(self.lengths[members].sum()), int(members.sum()), frozenset(self.group[members].tolist())
+            by_source[str(SOURCES[number])] = counts
+        return Totals(self.target.numel(), len(self), self.groups, by_source=by_source)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum a per-token array over each sequence: `[M]` to `[S]`, differentiable."""
@@ -142,23 +182,30 @@ class Batch:
 
     def select(self, sequences: Tensor) -> Batch:
         """The batch of some of the sequences (`[s]` int64, in that order); group numbers are kept."""
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths.cumsum(0)])
-        chosen = [torch.arange(int(starts[s]), int(starts[s + 1])) for s in sequences.tolist()]
-        index = torch.cat(chosen)
+        index = self.tokens_of(sequences)
         taken: dict[str, object] = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name in ("tokens", "sequence", "rewards", "extras") or value is None:
-                continue
-            taken[f.name] = value[sequences if f.name in PER_SEQUENCE else index]
+            if f.name != "sequence" and isinstance(value, Tensor):
+                taken[f.name] = value[sequences if f.name in PER_SEQUENCE else index]
         return replace(
             self,
             tokens=[self.tokens[s] for s in sequences.tolist()],
-            sequence=torch.repeat_interleave(torch.arange(len(chosen)), torch.tensor([len(c) for c in chosen])),
+            experts=None if self.experts is None else [self.experts[s] for s in sequences.tolist()],
+            sequence=torch.repeat_interleave(torch.arange(len(sequences)), self.lengths[sequences]),
             rewards={n: v[sequences] for n, v in self.rewards.items()},
             extras={n: v[index] for n, v in self.extras.items()},
+            facts={n: v[sequences] for n, v in self.facts.items()},
             **taken,  # type: ignore[arg-type]
         )
+
+    def tokens_of(self, sequences: Tensor) -> Tensor:
+        """Places in the per-token arrays of the tokens of some sequences, in that order."""
+        lengths = self.lengths
+        size = lengths[sequences]
+        begins = (lengths.cumsum(0) - lengths)[sequences]
+        inside = torch.arange(int(size.sum())) - torch.repeat_interleave(size.cumsum(0) - size, size)
+        return torch.repeat_interleave(begins, size) + inside
 
     def split(self, budget: int, *, keep_groups: bool) -> list[Batch]:
         """Micro-batches of at most `budget` model tokens each; see `partition`."""
@@ -178,7 +225,10 @@ class Batch:
             shared = min(first[s] for s in unit) if len(unit) > 1 else 0
             return sum(length[s] - shared for s in unit) + shared
 
-        units = [(self.group == g).nonzero()[:, 0].tolist() for g in self.group.unique()]
+        members: dict[int, list[int]] = {}
+        for s, g in enumerate(self.group.tolist()):
+            members.setdefault(g, []).append(s)
+        units = [members[g] for g in sorted(members)]
         if not keep_groups:
             units = [part for unit in units for part in _parts(unit, budget, cost)]
         units.sort(key=lambda unit: -max(length[s] for s in unit))

@@ -7,7 +7,7 @@ Every term carries its own gradient: it is added to the loss as it stands.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,20 +15,34 @@ from torch import Tensor
 from posttrain.objective.batch import Batch
 from posttrain.objective.denominator import old_logp
 from posttrain.objective.likelihood import Likelihood
+from posttrain.objective.schedule import Coefficient
 
-Need = Literal["entropy", "reference_logp", "reference_hidden", "old_logp", "value", "mismatched_kl"]
+Need = Literal[
+    "entropy", "old_entropy", "reference_logp", "reference_hidden", "teacher_logp", "old_logp", "value",
+    "mismatched_kl", "experts", "collision",
+]  # fmt: skip
 
 
 class Divergence(Protocol):
-    """coefficient: weight in the loss; name: what metrics call it; needs: signals the loop must supply."""
+    """coefficient: weight in the loss, a number or a schedule; name: what metrics call it; needs: signals the loop must
+    supply."""
 
     @property
-    def coefficient(self) -> float: ...
+    def coefficient(self) -> Coefficient: ...
     @property
     def name(self) -> str: ...
     @property
     def needs(self) -> frozenset[Need]: ...
     def __call__(self, batch: Batch, likelihood: Likelihood) -> Tensor: ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A divergence that has more to say for the run's log than its own mean."""
+
+    def figures(self, batch: Batch, likelihood: Likelihood) -> dict[str, Tensor]:
+        """Figures by name, each a value a token or a sequence, to be averaged over the step."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +55,7 @@ class ReferenceKL:
     gradient of the KL, also after updates (DeepSeek-V3.2, 2025, arXiv 2512.02556).
     """
 
-    coefficient: float = 0.04
+    coefficient: Coefficient = 0.04
     estimator: Literal["k1", "k2", "k3"] = "k3"
     corrected: bool = False
     name: ClassVar[str] = "kl"
@@ -58,7 +72,7 @@ class ReferenceKL:
 class FullKL:
     """KL to a frozen reference over the full vocabulary: `reverse` KL(policy || ref), `forward` KL(ref || policy)."""
 
-    coefficient: float = 0.1
+    coefficient: Coefficient = 0.1
     direction: Literal["forward", "reverse"] = "forward"
     name: ClassVar[str] = "kl"
     needs: ClassVar[frozenset[Need]] = frozenset({"reference_hidden"})
@@ -72,7 +86,7 @@ class FullKL:
 class EntropyBonus:
     """Minus the entropy of the next-token distribution: a positive coefficient keeps the policy exploring."""
 
-    coefficient: float = 0.001
+    coefficient: Coefficient = 0.001
     name: ClassVar[str] = "negative_entropy"
     needs: ClassVar[frozenset[Need]] = frozenset({"entropy"})
 
@@ -85,7 +99,7 @@ class EntropyBonus:
 class CriticLoss:
     r"""Squared error of the critic, :math:`\frac12 \max((V-R)^2, (\mathrm{clip}(V, V_{old}\pm c)-R)^2)` (PPO)."""
 
-    coefficient: float = 0.1
+    coefficient: Coefficient = 0.1
     clip: float = 0.2
     name: ClassVar[str] = "value_loss"
     needs: ClassVar[frozenset[Need]] = frozenset({"value"})

@@ -18,6 +18,8 @@ CHUNK_ELEMENTS = 1 << 25  # gradients of logits held at a time: 64 MiB in bf16
 SOFTMAX_ELEMENTS = 1 << 22  # of which this many are in the softmax at a time: 16 MiB in fp32
 Divergence = Literal["forward", "reverse"]
 
+COLLISION_TOKENS = 128  # hidden states whose logits over the whole vocabulary are held at a time
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -43,6 +45,15 @@ class Head:
         if self.temperature != 1:
             logits /= self.temperature
         return logits
+
+    @torch.no_grad()
+    def collision(self, hidden: Tensor) -> Tensor:
+        """Sum over the vocabulary of the squared probabilities: `[tokens, width]` to `[tokens]` fp32."""
+        found = []
+        for part in hidden.split(COLLISION_TOKENS):
+            logits = self.logits(part)
+            found.append((torch.logsumexp(2 * logits, -1) - 2 * torch.logsumexp(logits, -1)).exp())
+        return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
 
     def pull_back(self, grad: Tensor, hidden: Tensor) -> Tensor:
         """Gradient with respect to `hidden @ weight.T + bias` from that with respect to the logits, in place."""

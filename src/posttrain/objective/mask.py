@@ -6,6 +6,7 @@ Each returns `keep` `[M]` (bool) and `bound` `[M]` (what the paper's loss has in
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from posttrain.objective.batch import Batch
 from posttrain.objective.denominator import Ratio
+from posttrain.trajectory import SOURCES
 
 
 @dataclass(slots=True)
@@ -46,6 +48,15 @@ class Clip:
 
 
 @dataclass(frozen=True, slots=True)
+class DropClipped(Clip):
+    """The same tokens as `Clip`, of a loss in which they drop out instead of standing at the bound (MiniRL)."""
+
+    def __call__(self, batch: Batch, ratio: Ratio, advantage: Tensor) -> Kept:
+        keep = Clip.__call__(self, batch, ratio, advantage).keep
+        return Kept(keep, torch.zeros_like(advantage))
+
+
+@dataclass(frozen=True, slots=True)
 class DualClip:
     """A ceiling on the ratio (`delta` > 1 + high) for negative advantages, where PPO's minimum is unbounded
     (dual-clip PPO, 2019, arXiv 1912.09729)."""
@@ -65,3 +76,27 @@ class DropTruncated:
     def __call__(self, batch: Batch, ratio: Ratio, advantage: Tensor) -> Kept:
         keep = ~batch.spread(batch.truncated.to(advantage.device))
         return Kept(keep, torch.zeros_like(advantage))
+
+
+@dataclass(frozen=True, slots=True)
+class Plausible:
+    """Tokens that another wrote and that the policy gives less than `floor` teach nothing: a negative advantage would
+    push them down without end. Their places still count in the mean.
+    """
+
+    floor: float = 1e-6
+
+    def __call__(self, batch: Batch, ratio: Ratio, advantage: Tensor) -> Kept:
+        assert ratio.logp is not None
+        assert batch.token_source is not None
+        mine = (batch.token_source == SOURCES.index("policy")).to(ratio.logp.device)
+        return Kept(mine | (ratio.logp >= math.log(self.floor)), torch.zeros_like(advantage))
+
+
+@dataclass(frozen=True, slots=True)
+class DropTies:
+    """Pairs with the fact `tie` teach nothing: they stand in a step that has no pair with a winner."""
+
+    def __call__(self, batch: Batch, ratio: Ratio, advantage: Tensor) -> Kept:
+        tie = batch.facts["tie"] == 1 if "tie" in batch.facts else torch.zeros_like(batch.truncated)
+        return Kept(~batch.spread(tie.to(advantage.device)), torch.zeros_like(advantage))

@@ -1,24 +1,13 @@
-"""The page: the parts of a run folder put into `page.html`, with its style, scripts, data and plotly.js inside.
-
-Nothing a model or a file says becomes markup or code: text in the page is escaped by jinja2, data lies in JSON blocks
-without a `<`, the scripts put it on the page as text only, and the page's content security policy lets no other
-script run and nothing load.
-"""
+"""The page: the parts of a run folder put into `page.html`, with its style, scripts, data and plotly.js inside."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import os
-import uuid
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from importlib import resources
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.report import curves, results, theme
+from posttrain.report import curves, document, results, theme
 from posttrain.report.folder import Row, RunFolder, number, read, stage_of, step_of
 from posttrain.report.thin import thin_samples
 
@@ -37,23 +26,19 @@ def build(run: Path, samples: int = 5000) -> Path:
     """
     run = Path(run)
     report = run / "report.html"
-    _write(report, render(read(run), samples))
+    document.write(report, render(read(run), samples))
     return report
 
 
 def render(folder: RunFolder, samples: int = 5000) -> str:
     """The page of a run folder as HTML."""
-    import jinja2
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
     figures: dict[str, Figure] = {}
-    scripts = [get_plotlyjs(), _package_file("curves.js"), _package_file("table.js")]
     shown = _samples(folder, samples)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(_package_file("page.html")).render(
+    shown_results, panels = _results(folder, figures), _panels(folder, figures)  # which draw the figures
+    return document.render(
+        document.file("page.html"),
+        [document.file("curves.js"), document.file("table.js")],
+        {"curves_data": _curves_data(folder, figures), "samples_data": [_sample(row, folder) for row in shown]},
         headline=results.headline(folder),
         name=folder.text("name") or folder.path.name,
         status=folder.text("status") or "unknown",
@@ -62,37 +47,16 @@ def render(folder: RunFolder, samples: int = 5000) -> str:
         notes=[str(note) for note in _list(folder.run.get("notes"))],
         problems=folder.problems,
         missing=[name for name in ("metrics", "samples", "evaluations") if getattr(folder, name) is None],
-        results=_results(folder, figures),
+        results=shown_results,
         comparisons=results.comparisons(folder),
-        panels=_panels(folder, figures),
+        panels=panels,
         axes=curves.axes(folder.metrics or []),
         points=curves.POINTS if len(folder.metrics or []) > curves.POINTS else None,
         samples=shown,
         samples_left_out=len(folder.samples or []) - len(shown),
         recipe=folder.recipe,
         versions={str(name): str(version) for name, version in _mapping(folder.run.get("versions")).items()},
-        style=Markup(_package_file("style.css")),
-        scripts=[Markup(script) for script in scripts],
-        policy=_policy(scripts),
-        curves_data=Markup(embed(_curves_data(folder, figures))),
-        samples_data=Markup(embed([_sample(row, folder) for row in shown])),
     )
-
-
-def embed(value: Any) -> str:
-    r"""`value` as JSON for a script block: ASCII, every `<`, `>`, `&` and line separator a `\u` escape, NaN as null."""
-    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return number(value)
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 def _facts(folder: RunFolder) -> list[tuple[str, str]]:
@@ -175,28 +139,3 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _policy(scripts: Iterable[str]) -> str:
-    """A content security policy under which exactly `scripts` run and nothing is loaded from anywhere."""
-    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
-
-
-def _package_file(name: str) -> str:
-    return resources.files("posttrain.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _write(path: Path, text: str) -> None:
-    """Puts `text` at `path` whole: written beside it, forced to the disk, then renamed over it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:  # a lone surrogate becomes "?"
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)  # noqa: PTH105 - the documented atomic call
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from posttrain.reward.catalogue import VERIFIERS
 from posttrain.reward.names import unknown
-from posttrain.reward.verifiers import VERIFIERS
 from posttrain.trajectory import Finish, Group, PosttrainError, Prompt
 
 Scorer = Callable[..., float]  # a `verifiers.Verifier`, or any callable that takes (completion, prompt)

@@ -1,4 +1,4 @@
-"""Verifiers: rewards computed by rule from a completion and its prompt, and the registry of their names.
+"""Verifiers: rewards computed by rule from a completion and its prompt; their names stand in `catalogue.py`.
 
 A verifier is called `verifier(completion, prompt, *, tokens, finish) -> float`: the completion's text, the `Prompt` it
 answers, its length in tokens (the end token included) and why it ended. What a verifier cannot judge (a prompt without
@@ -255,16 +255,3 @@ class ReasoningGym:
         if task not in self._scorers:
             self._scorers[task] = create_dataset(task, **{"seed": 0, "size": 1, **self.config})
         return self._scorers[task]
-
-
-VERIFIERS: dict[str, type] = {
-    "contains": Contains,
-    "exact_match": ExactMatch,
-    "format": Format,
-    "last_number": LastNumber,
-    "length": Length,
-    "math_verify": MathVerify,
-    "overlong": OverlongPenalty,
-    "reasoning_gym": ReasoningGym,
-    "regex": Regex,
-}

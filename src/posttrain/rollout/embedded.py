@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from posttrain.models.attention import LayerState, packed_attention
 from posttrain.models.causal import CausalPolicy, evaluating
 from posttrain.models.packing import pack_prompts
+from posttrain.models.routing import Recorder, record_experts
 from posttrain.rollout.engine import Progress
 from posttrain.rollout.rows import Ending, Row, append, start_rows, uniforms
 from posttrain.rollout.sampling import draw
@@ -28,15 +30,17 @@ PREFILL_TOKENS = 4096  # prompt tokens computed in one packed row
 class EmbeddedEngine:
     """Samples from a `CausalPolicy` in this process, always with its present weights.
 
-    rows: completions decoded together at most. `generate` raises PosttrainError for a model that does not pack
-    (`policy.packs`); `engine_for` takes the plain engine for such a one.
+    rows: completions decoded together at most. experts: say with each completion which experts its tokens were sent to
+    (mixture-of-experts models). `generate` raises PosttrainError for a model that does not pack (`policy.packs`);
+    `engine_for` takes the plain engine for such a one.
     """
 
-    def __init__(self, policy: CausalPolicy, *, rows: int = 64) -> None:
+    def __init__(self, policy: CausalPolicy, *, rows: int = 64, experts: bool = False) -> None:
         if rows < 1:
             raise PosttrainError(f"rows is {rows}; expected at least 1 completion decoded at a time")
         self.policy = policy
         self.rows = rows
+        self.experts = experts
 
     @property
     def max_length(self) -> int:
@@ -61,7 +65,7 @@ class EmbeddedEngine:
         if not waiting:
             return []
         with torch.inference_mode(), evaluating(self.policy.model):
-            return _Run(self.policy, prompts, waiting, sampling, self.rows).finish(progress)
+            return _Run(self.policy, prompts, waiting, sampling, self.rows).finish(progress, self.experts)
 
 
 class _Run:
@@ -79,6 +83,7 @@ class _Run:
         for row in waiting:
             self.results[row.prompt].append(None)
         self.running: list[Row] = []
+        self.recorder: Recorder | None = None
         self.hidden = torch.empty(0)  # `[running, width]` states that predict the next token of each running row
         capacity = max(len(prompts[row.prompt].tokens) + row.limit for row in waiting)
         self.slots = Slots(min(rows, self.total, self._affordable(capacity)), capacity)
@@ -91,9 +96,10 @@ class _Run:
         row = 2 * config.num_hidden_layers * heads * width * capacity * self.policy.dtype.itemsize
         return max(1, CACHE_BYTES // row)
 
-    def finish(self, progress: Progress | None) -> list[list[Completion]]:
+    def finish(self, progress: Progress | None, experts: bool = False) -> list[list[Completion]]:
         """Run until nothing waits or runs."""
-        with packed_attention(self.policy.model):
+        recording = record_experts(self.policy.model) if experts else nullcontext()
+        with packed_attention(self.policy.model), recording as self.recorder:
             while self.waiting or self.running:
                 self._admit()
                 uniform = uniforms(self.running).to(self.hidden.device)
@@ -132,10 +138,14 @@ class _Run:
             packed_layout=layout,
             captured=captured,
         ).last_hidden_state[0]
+        sent = None if self.recorder is None else self.recorder.take()
         states = []
         for segment, i in zip(layout.segments, batch, strict=True):
             part = slice(segment.start, segment.start + segment.length)
             self.slots.admit(captured, part, len(by_prompt[i]))
+            if sent is not None:
+                for row in by_prompt[i]:
+                    row.experts.append(sent[part])
             self.running += by_prompt[i]
             states.append(out[part.stop - 1].expand(len(by_prompt[i]), -1))
         return states
@@ -167,3 +177,6 @@ class _Run:
             use_cache=False,
             kv_slots=self.slots,
         ).last_hidden_state[:, 0]
+        if self.recorder is not None:
+            for row, sent in zip(self.running, self.recorder.take().split(1), strict=True):
+                row.experts.append(sent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from posttrain.trajectory import Completion, Prompt, Sampling
+from posttrain.trajectory import Completion, PosttrainError, Prompt, Sampling
 
 Progress = Callable[[int, int], None]  # (finished completions, all completions)
 
@@ -15,7 +15,8 @@ class Engine(Protocol):
     which other prompts are in the call.
 
     An engine whose model has a limited context says it as an attribute `max_length` (tokens of prompt and completion
-    together); a rollout of several turns then ends an episode that has no room left.
+    together); a rollout of several turns then ends an episode that has no room left. One that can say which experts it
+    sends tokens to has an attribute `experts` (bool) that switches it on.
     """
 
     def generate(
@@ -28,3 +29,13 @@ class Engine(Protocol):
     ) -> list[list[Completion]]:
         """Return `samples` completions for each prompt, in the order of `prompts`."""
         ...
+
+
+def keep_experts(engine: Engine, who: str) -> None:
+    """Have an engine say which experts it sends tokens to, for `who` replays them."""
+    if not hasattr(engine, "experts"):
+        raise PosttrainError(
+            f"{who} replays the sampler's experts, which {type(engine).__name__} does not record; replay those of the "
+            f"trainer, or take a model that the embedded engine decodes"
+        )
+    engine.experts = True

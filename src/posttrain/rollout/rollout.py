@@ -101,4 +101,15 @@ def _trajectory(episode: _Episode) -> Trajectory:
         reward if bool(reward.any()) else None,
         finish=episode.finish,
         text="".join(c.text for c in episode.completions),
+        experts=_experts(episode.completions),
     )
+
+
+def _experts(completions: Sequence[Completion]) -> Tensor | None:
+    """The experts that each token was sent to when the policy first answered behind it."""
+    parts: list[Tensor] = []
+    for completion in completions:
+        if completion.experts is None:
+            return None
+        parts.append(completion.experts[sum(len(p) for p in parts) :])
+    return torch.cat(parts)

@@ -21,7 +21,9 @@ from posttrain.trajectory import Completion, Finish, PosttrainError, Prompt, Sam
 
 @dataclass(slots=True)
 class Row:
-    """prompt: index of the prompt in the call; sample: number among its samples; limit: tokens at most."""
+    """prompt: index of the prompt in the call; sample: number among its samples; limit: tokens at most. experts: where
+    they are recorded, of the prompt and then of each token read, `[tokens, layers, k]`.
+    """
 
     prompt: int
     sample: int
@@ -30,6 +32,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     logp_full: list[float] = field(default_factory=list)
+    experts: list[Tensor] = field(default_factory=list)
 
 
 def start_rows(
@@ -91,5 +94,10 @@ class Ending:
     def completion(self, row: Row, finish: Finish) -> Completion:
         with torch.inference_mode(False):  # tensors that autograd may use later
             return Completion(
-                torch.tensor(row.tokens), torch.tensor(row.logp), torch.tensor(row.logp_full), finish, self.text(row)
+                torch.tensor(row.tokens),
+                torch.tensor(row.logp),
+                torch.tensor(row.logp_full),
+                finish,
+                self.text(row),
+                torch.cat(row.experts) if row.experts else None,
             )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from posttrain.data.sampler import Sampler
+from posttrain.models.causal import CausalPolicy
 from posttrain.reward.reward import Reward
+from posttrain.reward.shaping import Shaping
+from posttrain.rollout.context import StepContext
 from posttrain.rollout.engine import Engine, Progress
 from posttrain.rollout.environment import Environment
-from posttrain.rollout.rollout import rollout
+from posttrain.rollout.strategy import Plain, Strategy
 from posttrain.training.settings import Settings
 from posttrain.trajectory import Group, PosttrainError, Prompt
 
@@ -20,10 +24,11 @@ MAX_ROUNDS = 4  # how often prompts are drawn again in place of groups that the 
 
 @dataclass(slots=True)
 class Collected:
-    """A step's groups, and what was measured on the way."""
+    """A step's groups, what was measured on the way, and how many completions were drawn for it."""
 
     groups: list[Group]
     metrics: dict[str, float] = field(default_factory=dict)
+    rollouts: int = 0
 
 
 class Source(Protocol):
@@ -51,7 +56,10 @@ class Offline:
 
 
 class Online:
-    """Rollouts on `settings.batch` prompts a step, `settings.group` each, scored by the reward."""
+    """Rollouts on `settings.batch` prompts a step, by a strategy, scored by the reward, shaped.
+
+    The training loop attaches what strategy and shapings may look at.
+    """
 
     def __init__(
         self,
@@ -65,6 +73,21 @@ class Online:
     ) -> None:
         self.prompts, self.sampler, self.settings = prompts, sampler, settings
         self.engine, self.reward, self.seed, self.environment = engine, reward, seed, environment
+        self.attach(Plain(), ())
+
+    def attach(
+        self,
+        strategy: Strategy,
+        shaping: Sequence[Shaping],
+        *,
+        total: int = 1,
+        policy: CausalPolicy | None = None,
+        reference: Callable[[], AbstractContextManager[CausalPolicy]] | None = None,
+        teacher: CausalPolicy | None = None,
+    ) -> None:
+        """How groups come about, and what that may look at."""
+        self.strategy, self.shaping, self.total = strategy, shaping, total
+        self.policy, self.reference, self.teacher = policy, reference, teacher
 
     @property
     def rows(self) -> int:
@@ -74,37 +97,68 @@ class Online:
         wanted = min(self.settings.batch, self.rows)
         admitted: list[Group] = []
         seen: list[Group] = []
+        figures: dict[str, float] = {}
+        taken = 0
         begun = time.perf_counter()
+        rollouts = self._survey(step, progress, figures)
         for round_ in range(MAX_ROUNDS):
             rows = self.sampler.take(wanted - len(admitted))
-            seed = (self.seed * 1_000_003 + step) * MAX_ROUNDS + round_
-            fresh = rollout(
-                self.engine,
-                [self.prompts[i] for i in rows],
-                self.settings.group,
-                self.settings.sampling,
-                seed,
-                self.environment,
-                progress,
-            )
-            self.reward.score_groups(fresh)
+            taken += len(rows)
+            context = self._context(step, round_, progress, figures)
+            fresh = self.strategy([self.prompts[i] for i in rows], context)
+            for shape in self.shaping:
+                shape(fresh, context)
+            rollouts += context.sampled
             seen += fresh
-            admitted += self.sampler.admit(fresh)
-            if len(admitted) >= wanted:
+            kept = self.sampler.admit(fresh)
+            admitted += kept
+            # a strategy may return groups beside the prompts' own; only a refusal asks for more prompts
+            if len(admitted) >= wanted or len(kept) == len(fresh):
                 break
-        metrics = summarise(seen)
+        metrics = summarise(seen) | figures
+        if hasattr(self.sampler, "metrics"):
+            metrics |= self.sampler.metrics()
         metrics["rollout_seconds"] = time.perf_counter() - begun
-        metrics["completions_per_second"] = sum(map(len, seen)) / metrics["rollout_seconds"]
+        metrics["completions_per_second"] = rollouts / metrics["rollout_seconds"]
         if len(seen) != len(admitted):
             metrics["admitted"] = len(admitted) / len(seen)
         # nothing admitted after all rounds: the step goes on with what there is, and its gradient is zero
-        return Collected(admitted or seen[:wanted], metrics)
+        return Collected(admitted or seen[:wanted], metrics, rollouts)
+
+    def _survey(self, step: int, progress: Progress | None, figures: dict[str, float]) -> int:
+        """Let a sampler that chooses by what the policy can do try the prompts; returns how many were drawn for it."""
+        if not hasattr(self.sampler, "survey"):
+            return 0
+        context = self._context(step, 0, progress, figures)
+        context.seed = context.derived_seed("survey")  # the step's own completions stay what they are without it
+        self.sampler.survey(self.prompts, context.draw)
+        return context.sampled
+
+    def _context(self, step: int, round_: int, progress: Progress | None, figures: dict[str, float]) -> StepContext:
+        return StepContext(
+            step=step,
+            total=self.total,
+            engine=self.engine,
+            sampling=self.settings.sampling,
+            group=self.settings.group,
+            score=self.reward.score_groups,
+            seed=(self.seed * 1_000_003 + step) * MAX_ROUNDS + round_,
+            policy=self.policy,
+            reference=self.reference,
+            teacher=self.teacher,
+            environment=self.environment,
+            progress=progress,
+            token_budget=self.settings.token_budget,
+            weights=self.reward.weights,
+            metrics=figures,
+        )
 
 
 def summarise(groups: Sequence[Group]) -> dict[str, float]:
     """Means over the fresh rollouts: reward and its components, length, share cut off, and the share of groups that are
-    undecided, whose rewards differ."""
-    members = [t for g in groups for t in g.trajectories]
+    undecided, whose rewards differ. Demonstrations are no rollouts, unless there is nothing else."""
+    sampled = [t for g in groups for t in g.trajectories if t.source == "policy"]
+    members = sampled or [t for g in groups for t in g.trajectories]
     if not members:
         raise PosttrainError("a rollout returned no completion")
     count = len(members)
@@ -115,5 +169,5 @@ def summarise(groups: Sequence[Group]) -> dict[str, float]:
         "undecided": sum(float(g.rewards.max() - g.rewards.min()) > 1e-9 for g in groups) / len(groups),
     }
     for name in members[0].rewards:
-        metrics[f"reward/{name}"] = sum(t.rewards[name] for t in members) / count
+        metrics[f"reward/{name}"] = sum(t.rewards.get(name, 0.0) for t in members) / count
     return metrics

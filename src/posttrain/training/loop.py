@@ -6,6 +6,7 @@ A step: collect groups, supply the signals the objective needs, set the advantag
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -18,14 +19,15 @@ from torch import Tensor
 
 from posttrain.models.causal import CausalPolicy, evaluating
 from posttrain.objective.batch import Batch, Totals
-from posttrain.objective.estimator import Loss
+from posttrain.objective.estimator import Loss, Objective
 from posttrain.objective.likelihood import Likelihood
+from posttrain.rollout.engine import keep_experts
 from posttrain.training import checkpoint
-from posttrain.training.collect import Collected, Source
+from posttrain.training.collect import Collected, Online, Source
 from posttrain.training.critic import ValueHead
 from posttrain.training.method import Method
 from posttrain.training.optim import MasterAdamW, learning_rate
-from posttrain.training.signals import Reference, full_reference, supply
+from posttrain.training.signals import Reference, full_reference, load_teacher, supply
 from posttrain.training.track import Tracker
 from posttrain.trajectory import PosttrainError
 
@@ -40,6 +42,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    rollouts: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     best: float | None = None
@@ -77,7 +80,7 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.policy, self.method, self.source = policy, method, source
-        self.objective, self.settings = method.objective, method.settings
+        self.objective, self.settings = copy.deepcopy(method.objective), method.settings  # parts may have state
         self.folder, self.seed, self.evaluator, self.stop = folder, seed, evaluator, stop
         self.tracker = tracker or Tracker.silent()
         self.progress = Progress()
@@ -85,8 +88,10 @@ class Trainer:
         self.total = self.settings.total_steps(source.rows)
         needs = self.objective.needs
         self._check()
-        wants_reference = needs & {"reference_logp", "reference_hidden", "mismatched_kl"}
-        self.reference = Reference(policy) if wants_reference else None
+        following = (method.reference_decay, method.reference_every)
+        self.reference = Reference(policy, *following) if method.wants_reference else None
+        self.teacher = load_teacher(method.teacher, policy) if method.teacher is not None else None
+        self._attach()
         self.critic = self._make_critic() if method.critic else None
         named = policy.trainable_parameters()
         if self.critic is not None:
@@ -97,11 +102,13 @@ class Trainer:
         self._signals = needs
         if self.settings.updates > 1 or self.settings.minibatches > 1:
             self._signals = needs | {"old_logp"}
+            if method.replay_experts == "trainer":  # before the only update there is nothing to replay
+                self._signals = self._signals | {"experts"}
 
     def _check(self) -> None:
         """What can never work is refused before anything is computed."""
         name, settings, rows = self.method.name, self.settings, self.source.rows
-        least = getattr(self.objective.advantage, "minimum_group", 1)
+        least = self.objective.minimum_group
         if self.method.online and settings.group < least:
             raise PosttrainError(
                 f"{name}: group is {settings.group}; group-normalised advantages need at least {least} completions "
@@ -124,6 +131,25 @@ class Trainer:
                 f"with the data"
             )
 
+    def _attach(self) -> None:
+        """Show an online source what its strategy and shapings may look at; each run has a copy of their state."""
+        self._stateful: dict[str, Any] = {}
+        if isinstance(self.source, Online):
+            strategy, shaping = copy.deepcopy((self.method.rollouts, self.method.shaping))
+            if self.method.replay_experts == "sampler":
+                keep_experts(self.source.engine, self.method.name)
+            self.source.attach(
+                strategy,
+                shaping,
+                total=self.total,
+                policy=self.policy,
+                reference=self.reference.active if self.reference is not None else None,
+                teacher=self.teacher,
+            )
+            self._stateful |= {"rollouts": strategy} | {f"shaping/{i}": s for i, s in enumerate(shaping)}
+        self._stateful |= {f"objective/{i}": part for i, part in enumerate(self.objective.parts)}
+        self._stateful = {name: part for name, part in self._stateful.items() if hasattr(part, "state_dict")}
+
     def _make_critic(self) -> ValueHead:
         width = self.policy.head().weight.shape[1]
         return ValueHead(width).to(self.policy.device)
@@ -140,10 +166,10 @@ class Trainer:
                 if self.stop():
                     status = "interrupted"
                     break
-                if self.settings.budget is not None and self.progress.seconds >= self.settings.budget:
+                if self.spent():
                     status = "early"
                     break
-                self._one_step()
+                self.advance()
                 if self._evaluate_and_decide():
                     status = "early"
                     break
@@ -159,25 +185,41 @@ class Trainer:
             self.optimizer.close()
         return Outcome(status, self.progress)
 
-    def _one_step(self) -> None:
+    def spent(self) -> bool:
+        """Whether a limit of the stage is reached."""
+        settings, done = self.settings, self.progress
+        limits = (
+            (settings.budget, done.seconds),
+            (settings.token_limit, done.tokens),
+            (settings.rollout_limit, done.rollouts),
+        )
+        return any(limit is not None and spent >= limit for limit, spent in limits)
+
+    def advance(self) -> dict[str, float]:
+        """One step: collect, update, report. Returns the metrics."""
         begun = time.perf_counter()
         collected = self.source.collect(self.progress.step, self.tracker.rollout)
         metrics = self.step(collected)
         self.progress.step += 1
+        self.progress.rollouts += collected.rollouts
+        if collected.rollouts:
+            metrics["rollouts"] = self.progress.rollouts
         self.progress.seconds += time.perf_counter() - begun
         metrics["seconds"] = time.perf_counter() - begun
         self.tracker.step(self.progress.step, self.progress.seconds, metrics, collected.groups)
+        return metrics
 
     def step(self, collected: Collected) -> dict[str, float]:
         """Update the policy on a step's groups; returns the metrics."""
         begun = time.perf_counter()
         batch = Batch.of(collected.groups)
+        batch.step, batch.total = self.progress.step, self.total
         with torch.no_grad(), evaluating(self.policy.model):  # dropout is for the updates alone
             supply(
-                self._signals, batch, collected.groups, self.policy, self.reference, self.critic,
+                self._signals, batch, collected.groups, self.policy, self.reference, self.critic, self.teacher,
                 temperature=self._temperature, budget=self.settings.token_budget,
             )  # fmt: skip
-        self.objective.advantage.prepare(batch)
+        self.objective.prepare(batch)
         rate = learning_rate(self.settings, self.progress.step, self.total)
         sums: dict[str, tuple[float, float]] = {}
         losses, norms = [], []
@@ -185,6 +227,8 @@ class Trainer:
             loss, norm = self._update(part, rate, sums)
             losses.append(loss)
             norms.append(norm)
+        if self.reference is not None:
+            self.reference.follow(self.policy, self.progress.step + 1)
         tokens = sum(len(t) for t in batch.tokens)
         self.progress.tokens += tokens
         seconds = time.perf_counter() - begun
@@ -216,7 +260,8 @@ class Trainer:
     def _update(self, batch: Batch, rate: float, sums: dict[str, tuple[float, float]]) -> tuple[float, float]:
         """One optimizer step: accumulate over micro-batches, clip, update. Returns loss and gradient norm."""
         totals, value = batch.totals, 0.0
-        for micro in batch.split(self.settings.token_budget, keep_groups=self.objective.advantage.keep_groups):
+        micros = batch.split(self.settings.token_budget, keep_groups=self.objective.keep_groups)
+        for micro in micros:
             loss = self.loss(micro, totals)
             value += float(loss.value)
             if not math.isfinite(value):
@@ -230,16 +275,39 @@ class Trainer:
             self.optimizer.zero()
             self._skip(f"loss is {value}")
             return value, float("nan")
+        self._normalise(micros, totals)
+        if self.progress.step < self.method.critic_warmup:
+            self.optimizer.only(lambda name: name.startswith("critic."))
         norm = self.optimizer.step(rate)
-        if math.isfinite(norm):
+        if self.optimizer.usable(norm):
             self.progress.skipped_in_a_row = 0
         else:
-            self._skip(f"gradient norm is {norm}")
+            self._skip(f"gradient norm is {norm}", "too large" if math.isfinite(norm) else "not finite")
         return value, norm
+
+    def _normalise(self, micros: list[Batch], totals: Totals) -> None:
+        """Divide the policy's gradient by what the method's normaliser makes of a second backward pass."""
+        normaliser = self.method.normaliser
+        if normaliser is None:
+            return
+        assert isinstance(self.objective, Objective)
+        kept = self.optimizer.take_gradients()
+        for micro in micros:
+            micro = micro.to(self.policy.device)
+            second = normaliser.surrogate(self.objective, micro, self._likelihood(micro), totals)
+            if second is not None:
+                second.backward()
+        norm = self.optimizer.gradient_norm()
+        self.optimizer.put_gradients(kept)
+        self.optimizer.divide(normaliser.divisor(norm), lambda name: not name.startswith("critic."))
 
     def loss(self, micro: Batch, totals: Totals) -> Loss:
         """Loss of a micro-batch whose signals and advantages are set; `totals` counts the step."""
         micro = micro.to(self.policy.device)
+        return self.objective(micro, self._likelihood(micro), totals)
+
+    def _likelihood(self, micro: Batch) -> Likelihood:
+        """The policy's answer for a micro-batch, with all that the objective asks for."""
         divergence = self.objective.full_divergence
         against: Likelihood | None = None
         if divergence is not None:
@@ -255,20 +323,20 @@ class Trainer:
         if self.critic is not None:
             assert likelihood.hidden is not None
             likelihood.value = self.critic(likelihood.hidden)
-        return self.objective(micro, likelihood, totals)
+        return likelihood
 
     @property
     def _temperature(self) -> float:
         """Log-probabilities are taken at the sampling temperature, so that ratios compare like with like."""
         return self.settings.temperature if self.method.online and self.settings.temperature > 0 else 1.0
 
-    def _skip(self, reason: str) -> None:
+    def _skip(self, reason: str, fault: str = "not finite") -> None:
         self.progress.skipped += 1
         self.progress.skipped_in_a_row += 1
         self.tracker.note(f"step {self.progress.step}: {reason}; the update was skipped")
         if self.progress.skipped_in_a_row >= self.settings.max_skipped:
             raise PosttrainError(
-                f"{self.settings.max_skipped} updates in a row were not finite (last: {reason}); "
+                f"{self.settings.max_skipped} updates in a row were {fault} (last: {reason}); "
                 f"lower learning_rate, or raise max_skipped"
             )
 
@@ -310,8 +378,15 @@ class Trainer:
         """Write a checkpoint of everything that the rest of the stage depends on."""
         if self.folder is None:
             return
-        state = {"progress": self.progress.as_dict(), "sampler": self.source.sampler.state_dict()}
-        checkpoint.save(self.folder, self.progress.step, self.optimizer.tensors(), state)
+        state = {
+            "progress": self.progress.as_dict(),
+            "sampler": self.source.sampler.state_dict(),
+            "parts": {name: part.state_dict() for name, part in self._stateful.items()},
+        }
+        tensors = self.optimizer.tensors()
+        if self.reference is not None:
+            tensors |= self.reference.tensors()
+        checkpoint.save(self.folder, self.progress.step, tensors, state)
         self._keep_best()
 
     def _resume(self) -> None:
@@ -320,6 +395,10 @@ class Trainer:
             tensors, state = checkpoint.load(found)
             self.optimizer.load_tensors(tensors)
             self.source.sampler.load_state_dict(state["sampler"])
+            for name, part in self._stateful.items():
+                part.load_state_dict(state["parts"][name])
+            if self.reference is not None:
+                self.reference.load_tensors(tensors)
             self.progress = Progress(**state["progress"])
         self._keep_best()
         self.tracker.starts(self.progress.step)

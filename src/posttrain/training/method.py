@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from posttrain.data.sampler import Sampler, Shuffled
+from posttrain.models.causal import CausalPolicy
 from posttrain.objective.estimator import Objective
+from posttrain.objective.mixture import Mixture
+from posttrain.reward.shaping import Shaping
+from posttrain.rollout.strategy import Plain, Strategy
+from posttrain.training.normaliser import Normaliser
 from posttrain.training.settings import Settings
+from posttrain.trajectory import Group, Prompt
 
 Data = Literal["demonstrations", "preferences", "feedback", "prompts"]
 OBJECTIVE_PARTS = ("advantage", "denominator", "masks", "aggregate", "divergences")
@@ -19,27 +26,56 @@ class Method:
     """What to train on, with which objective, by which defaults.
 
     data: the rows it needs; `prompts` makes it an online method (rollouts, rewards).
-    sampler: makes the sampler of a stage from the number of rows and the seed.
-    critic: whether a value head is trained beside the policy.
+    sampler: makes the sampler of a stage from its rows (prompts online, groups offline) and the seed.
+    rollouts: how a step's groups come about. shaping: what becomes of their rewards, one after the other.
+    critic: whether a value head is trained beside the policy; critic_warmup: steps in which it alone is.
+    reference_decay: the reference policy follows the policy, reference = decay * reference + (1 - decay) * policy after
+        every update; reference_every: it becomes the policy as it is after every so many updates. Without either it
+        stays as it was at the stage's start.
+    teacher: another policy (an id, a folder, or one that is loaded) for parts that look at one.
+    normaliser: what gradients are divided by.
+    replay_experts: for mixtures of experts, whose routing the updates follow: that of the `trainer` before the step's
+        first update, or of the `sampler` (the engine that drew the completions); None leaves it to the routers.
     arguments: what the method function was called with (for reports).
     """
 
     name: str
-    objective: Objective
+    objective: Objective | Mixture
     data: Data
     settings: Settings = field(default_factory=Settings)
-    sampler: Callable[[int, int], Sampler] = Shuffled
+    sampler: Callable[[Sequence[Prompt | Group], int], Sampler] = Shuffled
+    rollouts: Strategy = field(default_factory=Plain)
+    shaping: tuple[Shaping, ...] = ()
     critic: bool = False
+    critic_warmup: int = 0
+    reference_decay: float | None = None
+    reference_every: int | None = None
+    teacher: str | Path | CausalPolicy | None = None
+    normaliser: Normaliser | None = None
+    replay_experts: Literal["trainer", "sampler"] | None = None
     arguments: dict[str, object] = field(default_factory=dict)
 
     @property
     def online(self) -> bool:
         return self.data == "prompts"
 
+    @property
+    def wants_demonstrations(self) -> bool:
+        """Whether its prompts must carry worked solutions."""
+        return self.online and getattr(self.rollouts, "demonstrations", False)
+
+    @property
+    def wants_reference(self) -> bool:
+        """Whether the stage keeps a reference policy."""
+        needs = self.objective.needs & {"reference_logp", "reference_hidden", "mismatched_kl"}
+        return bool(needs) or any(getattr(p, "reference", False) for p in (self.rollouts, *self.shaping))
+
     def replace(self, **parts: object) -> Method:
         """A copy with other parts; parts of the objective may be given directly (`advantage=...`, `masks=...`)."""
         inner = {k: parts.pop(k) for k in OBJECTIVE_PARTS if k in parts}
         if inner:
+            if not isinstance(self.objective, Objective):
+                raise TypeError(f"{self.name} has a mixture of objectives; replace `objective` as a whole")
             parts["objective"] = self.objective.replace(**inner)
         return replace(self, **parts)  # type: ignore[arg-type]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class MasterAdamW:
         self.adam = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=settings.learning_rate, betas=settings.betas, fused=True
         )
-        self.max_grad_norm = settings.max_grad_norm
+        self.max_grad_norm, self.skip_grad_norm = settings.max_grad_norm, settings.skip_grad_norm
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._collector(m))
             for p, m in zip(self.parameters, self.masters, strict=True)
@@ -61,10 +61,12 @@ class MasterAdamW:
         return collect
 
     def step(self, rate: float) -> float:
-        """Clip and update; returns the gradient norm before clipping. Nothing changes if that is not finite."""
+        """Clip and update; returns the gradient norm before clipping. Nothing changes if that is not
+        `usable`."""
         with_grad = [m for m in self.masters if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm([m.grad for m in with_grad if m.grad is not None])
-        if torch.isfinite(norm):
+        gradients = [m.grad for m in with_grad if m.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.usable(float(norm)):
             if self.max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(with_grad, self.max_grad_norm, norm)
             for group in self.adam.param_groups:
@@ -74,12 +76,44 @@ class MasterAdamW:
         self.zero()
         return float(norm)
 
+    def usable(self, norm: float) -> bool:
+        """Whether a gradient of this norm may move the weights: finite, and not above `skip_grad_norm`."""
+        return math.isfinite(norm) and (self.skip_grad_norm is None or norm <= self.skip_grad_norm)
+
     @torch.no_grad()
     def publish(self) -> None:
         """Copy the masters into the model's parameters."""
         pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+
+    def only(self, wanted: Callable[[str], bool]) -> None:
+        """Drop the gradients of all parameters but those with a wanted name: the others stay as they are."""
+        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
+            if not wanted(name):
+                parameter.grad = master.grad = None
+
+    def divide(self, divisor: float, wanted: Callable[[str], bool]) -> None:
+        """Divide the gradients of the parameters with a wanted name."""
+        for name, master in zip(self.names, self.masters, strict=True):
+            if master.grad is not None and wanted(name):
+                master.grad /= divisor
+
+    def take_gradients(self) -> list[Tensor | None]:
+        """The gradients summed so far, leaving none."""
+        taken = [m.grad for m in self.masters]
+        self.zero()
+        return taken
+
+    def put_gradients(self, gradients: list[Tensor | None]) -> None:
+        """Put back what `take_gradients` took, in place of what there is."""
+        self.zero()
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient
+
+    def gradient_norm(self) -> float:
+        """Norm of the gradients summed so far."""
+        return float(torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None]))
 
     def zero(self) -> None:
         for parameter, master in zip(self.parameters, self.masters, strict=True):

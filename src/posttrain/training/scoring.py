@@ -18,11 +18,11 @@ def heldout_loss(trainer: Trainer, groups: Sequence[Group]) -> float:
     batch = Batch.of(groups)
     with torch.no_grad(), evaluating(trainer.policy.model):
         supply(
-            trainer.objective.needs, batch, groups, trainer.policy, trainer.reference, trainer.critic,
+            trainer.objective.needs, batch, groups, trainer.policy, trainer.reference, trainer.critic, trainer.teacher,
             temperature=1.0, budget=trainer.settings.token_budget,
         )  # fmt: skip
-        trainer.objective.advantage.prepare(batch)
-        parts = batch.split(trainer.settings.token_budget, keep_groups=trainer.objective.advantage.keep_groups)
+        trainer.objective.prepare(batch)
+        parts = batch.split(trainer.settings.token_budget, keep_groups=trainer.objective.keep_groups)
         return sum(float(trainer.loss(part, batch.totals).value) for part in parts)
 
 

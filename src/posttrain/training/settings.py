@@ -15,21 +15,25 @@ class Settings:
     """How long, how fast and on what to train. Methods bring their own defaults; a recipe overrides any of them.
 
     Length: `steps` optimizer steps of `batch` rows (offline) or prompts (online), or `epochs` over the rows; a
-    `budget` in seconds ends a stage early. `rows` limits the training rows.
+    `budget` in seconds, a `token_limit` (tokens trained on) or a `rollout_limit` (completions drawn) ends a stage
+    early. `rows` limits the training rows.
     Optimiser: AdamW, `learning_rate` after `warmup` (share of the steps) following `schedule`, `weight_decay`,
-    `betas`, gradients clipped at the norm `max_grad_norm`.
+    `betas`, gradients clipped at the norm `max_grad_norm`; an update whose gradient
+    norm exceeds `skip_grad_norm` is skipped.
     LoRA: `lora` is its rank, 0 for full fine-tuning.
     Online: `group` completions a prompt, `max_tokens`, `temperature`, `top_k`, `top_p`, `min_p`; `updates` passes
     over a step's rollouts in `minibatches` pieces; `rollout_rows` completions decoded together.
     `token_budget` model tokens are computed at a time (memory; never the result).
     Evaluation: every `evaluate_every` steps on `evaluate_limit` held-out prompts; training stops after `patience`
     evaluations without a better one and keeps the best weights. `checkpoint_every` steps, `max_skipped` steps in a row
-    with a loss that is not finite.
+    with a loss that is not finite, or with such a gradient.
     """
 
     steps: int | None = None
     epochs: float | None = None
     budget: float | None = None
+    token_limit: int | None = None
+    rollout_limit: int | None = None
     rows: int | None = None
     batch: int = 16
     learning_rate: float = 1e-5
@@ -38,6 +42,7 @@ class Settings:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = 1.0
+    skip_grad_norm: float | None = None
     lora: int = 0
     group: int = 8
     max_tokens: int = 128
@@ -57,10 +62,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, low in (
-            ("steps", 1), ("epochs", 0), ("budget", 0), ("rows", 1), ("batch", 1), ("group", 1), ("updates", 1),
+            ("steps", 1), ("epochs", 0), ("budget", 0), ("token_limit", 1), ("rollout_limit", 1), ("rows", 1),
+            ("batch", 1), ("group", 1), ("updates", 1),
             ("minibatches", 1), ("rollout_rows", 1), ("token_budget", 1), ("evaluate_every", 0), ("patience", 0),
             ("checkpoint_every", 0), ("max_skipped", 1), ("lora", 0), ("learning_rate", 0), ("warmup", 0),
-            ("max_grad_norm", 0), ("weight_decay", 0), ("evaluate_limit", 1),
+            ("max_grad_norm", 0), ("skip_grad_norm", 0), ("weight_decay", 0), ("evaluate_limit", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= low:

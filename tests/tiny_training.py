@@ -69,7 +69,7 @@ def letters(completion: str, prompt: Prompt) -> float:
 
 
 def offline(method: Method, groups: Sequence[Group], policy: CausalPolicy | None = None, **options: Any) -> Trainer:
-    source = Offline(groups, method.sampler(len(groups), 0), method.settings)
+    source = Offline(groups, method.sampler(groups, 0), method.settings)
     return Trainer(policy or make_policy(), method, source, **options)
 
 
@@ -84,7 +84,7 @@ def online(
     policy = policy or make_policy()
     starts = prompts(rows)
     engine = EmbeddedEngine(policy, rows=method.settings.rollout_rows)
-    source = Online(starts, sampler or Shuffled(rows), method.settings, engine, reward_from(reward), seed=0)
+    source = Online(starts, sampler or Shuffled(range(rows)), method.settings, engine, reward_from(reward), seed=0)
     return Trainer(policy, method, source, **options)
 
 

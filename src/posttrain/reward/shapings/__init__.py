@@ -1,0 +1,1 @@
+"""Reward shapings, a mechanism a file."""

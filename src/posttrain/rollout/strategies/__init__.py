@@ -1,0 +1,1 @@
+"""Rollout strategies beside the plain one, a mechanism a file."""
