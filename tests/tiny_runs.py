@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny_tasks import Scorer, letters, single_precision, tiny_policy, tiny_task
 
 from posttrain.models.causal import CausalPolicy
 from posttrain.training.method import Method
 from posttrain.training.stage import Trained, train_stage
+from tiny_tasks import Scorer, letters, single_precision, tiny_policy, tiny_task
 
 
 def after(method: Method, *, steps: int = 2, reward: Scorer = letters, seed: int = 0, **settings: Any) -> Trained:

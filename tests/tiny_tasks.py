@@ -1,4 +1,4 @@
-"""A tiny policy, a task for it, and a step's context that can draw: for tests of rollout strategies and whole methods."""
+"""A tiny policy, a task for it, and a step's context that can draw: for tests of strategies and whole methods."""
 
 from __future__ import annotations
 

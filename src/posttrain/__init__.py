@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from posttrain.models.providers import PROVIDERS
+
 if TYPE_CHECKING:
     from posttrain import methods
     from posttrain.api import compare, evaluate, train
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from posttrain.trajectory import PosttrainError
 
 __version__ = "0.1.0"
+PROVIDERS["lab"] = "posttrain.lab:provide"
 
 _WHERE = {
     "PosttrainError": "posttrain.trajectory:PosttrainError",

@@ -17,9 +17,10 @@ from posttrain.data.instance_filter import Competent
 from posttrain.evaluation.task import Task, TaskItem
 from posttrain.methods import Method
 from posttrain.objective.batch import Batch
+from posttrain.objective.likelihood import Likelihood
 from posttrain.objective.reweight import ConvergenceWeights, Reweighted
 from posttrain.reward.reward import reward_from
-from posttrain.trajectory import PosttrainError, Prompt
+from posttrain.trajectory import Group, PosttrainError, Prompt, Trajectory
 from resumable import run, small, stopped_and_resumed, trainer
 from tiny_tasks import letters, tiny_policy
 
@@ -106,9 +107,6 @@ def test_what_is_always_or_never_right_moves_nothing(right: int) -> None:  # car
     if right == 1:
         assert float(expected.max()) == pytest.approx(p * (1 - p))
         assert int(expected.argmax()) == 0
-    from posttrain.objective.likelihood import Likelihood
-    from posttrain.trajectory import Group, Trajectory
-
     mask = torch.tensor([False, True])
     made = [Trajectory(torch.tensor([0, arm]), mask, reward=float(reward[arm])) for arm in range(4)]
     batch = Batch.of([Group(made)])
@@ -145,8 +143,8 @@ def test_the_policy_of_the_stages_start_decides_what_is_kept() -> None:
     sampler = made.source.sampler
     assert isinstance(sampler, Competent)
     assert sampler.counts is not None
-    assert [count for count in sampler.counts[0::3]] == [0] * 3
-    assert [count for count in sampler.counts[1::3]] == [4] * 3
+    assert sampler.counts[0::3] == [0] * 3
+    assert sampler.counts[1::3] == [4] * 3
     assert {row % 3 for row in sampler.kept} == {1, 2}
     assert made.progress.rollouts == 9 * 4 + 4 * 3 * 4, "the tries are counted, once"
     collected = made.source.collect(4)
@@ -225,7 +223,7 @@ def test_recap_is_the_weighted_sum_of_its_objectives(budget: int | None) -> None
         "copy": -(w.logp * w.mask)[SHOWN].sum() / w.mask[SHOWN].sum(),
     }
     value = torch.stack([weight[name] * loss for name, loss in losses.items()]).sum() / 3
-    method = prepared(methods.recap(imitate=("copy",), window=2, temperature=0.5), HISTORIES)
+    method = prepared(methods.recap(imitate=("copy",), window=2, tau=0.5), HISTORIES)
     assert_same(of_method(world, method, budget), value, gradient(world, value))
 
 
@@ -242,7 +240,7 @@ def test_components_have_an_advantage_each() -> None:
     weight = lambdas(now, 0.3)
     losses = [weight[n] * clipped(w, normalised(w, w.rewards[n], every), every) for n in histories]
     value = torch.stack(losses).sum() / 2 + 0.2 * kl(w)
-    method = prepared(methods.recap(components=("right", "short"), window=2, temperature=0.3, beta=0.2), histories)
+    method = prepared(methods.recap(components=("right", "short"), window=2, tau=0.3, beta=0.2), histories)
     assert_same(of_method(world, method), value, gradient(world, value))
 
 
@@ -261,7 +259,7 @@ def test_recap_on_one_domain_is_grpo() -> None:
 @pytest.mark.limit("recap")
 def test_at_infinite_temperature_all_objectives_weigh_alike() -> None:
     world, other = channelled(), channelled()
-    flat = prepared(methods.recap(imitate=("copy",), window=2, temperature=math.inf), HISTORIES)
+    flat = prepared(methods.recap(imitate=("copy",), window=2, tau=math.inf), HISTORIES)
     fresh = methods.recap(imitate=("copy",), window=2)  # no history yet: all weights are 1
     found, wanted = of_method(world, flat), of_method(other, fresh)
     torch.testing.assert_close(found[0], wanted[0])

@@ -16,7 +16,8 @@ from posttrain.evaluation.reposed import reposed
 from posttrain.evaluation.task import Task, TaskItem
 from posttrain.methods import Method
 from posttrain.objective.batch import Batch
-from posttrain.reward.reward import reward_from
+from posttrain.reward.reward import Reward, reward_from
+from posttrain.reward.verifiers import Regex
 from posttrain.training.method import Pipeline
 from posttrain.training.stage import train_stage
 from posttrain.trajectory import PosttrainError, Prompt

@@ -8,8 +8,6 @@ import pytest
 import torch
 from guided_world import assert_equal_gradients, entropy, guided_world, loss_of, prepared, token_mean
 from padded_world import World, float64  # noqa: F401 (a fixture)
-from tiny_runs import after, moved
-from tiny_tasks import single_precision, step_context, tiny_policy, tiny_prompts
 from torch import Tensor
 
 from posttrain import methods
@@ -17,6 +15,8 @@ from posttrain.objective.advantage import GroupNormalised
 from posttrain.objective.batch import Batch
 from posttrain.rollout.strategy import Plain
 from posttrain.trajectory import Prompt
+from tiny_runs import after, moved
+from tiny_tasks import single_precision, step_context, tiny_policy, tiny_prompts
 
 MEANS, SIZES = (0.0625, 0.5, 0.9, 0.25), (32.0, 8.0, 16.0, 8.0)
 

@@ -20,7 +20,7 @@ from posttrain.rollout.strategies.pairs import BestAgainstWorst
 from posttrain.rollout.strategy import Plain
 from posttrain.trajectory import PosttrainError, Prompt
 from resumable import run, small, stopped_and_resumed, trainer
-from tiny_tasks import letters, tiny_policy, tiny_task
+from tiny_tasks import tiny_policy, tiny_task
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ EVOLVER = RuleEvolver(grown)
 
 
 def eva(**options: object) -> Method:
-    return small(methods.eva(**{"evolver": EVOLVER, "warmup": 0.0, "autonomous": 0.5, **options}))  # type: ignore[arg-type]
+    return small(methods.eva(**{"evolver": EVOLVER, "mixing": 0.0, "autonomous": 0.5, **options}))  # type: ignore[arg-type]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -104,9 +104,6 @@ def test_without_evolved_prompts_it_is_its_solver() -> None:
 
 @pytest.mark.limit("eva")
 def test_constant_information_is_uniform_evolution() -> None:  # card 021 (a)
-    def right_or_wrong(completion: str, prompt: Prompt) -> float:
-        return float(int(completion[-1:] or "0", 36) % 2) if completion[-1:].isalnum() else 0.0
-
     def every_gap_is_one(completion: str, prompt: Prompt) -> float:
         every_gap_is_one.calls += 1  # type: ignore[attr-defined]
         return float(every_gap_is_one.calls % 2)  # type: ignore[attr-defined]
@@ -173,4 +170,3 @@ def test_what_it_is_made_of() -> None:
     assert isinstance(methods.eva(solver="rloo", share=0.3).rollouts, Evolving)
     with pytest.raises(PosttrainError, match="'ppo'; expected dpo, simpo, orpo or rloo"):
         methods.eva(solver="ppo")  # type: ignore[arg-type]
-    assert letters("ab", Prompt(torch.tensor([1]))) > 0

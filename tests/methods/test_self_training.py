@@ -6,8 +6,6 @@ import pytest
 import torch
 from guided_world import assert_equal_gradients, centred, guided_world, loss_of, prepared, token_mean, written_by
 from padded_world import World, float64  # noqa: F401 (a fixture)
-from tiny_runs import after, moved, same_weights
-from tiny_tasks import Scripted, single_precision, step_context, tiny_policy, tiny_prompts
 
 from posttrain import methods
 from posttrain.objective.batch import Batch
@@ -16,6 +14,8 @@ from posttrain.reward.shapings.majority import MajorityVote
 from posttrain.rollout.strategies.swarm import Pool, Record, Shared
 from posttrain.training.signals import supply
 from posttrain.trajectory import Group, Prompt
+from tiny_runs import after, moved, same_weights
+from tiny_tasks import Scripted, single_precision, step_context, tiny_policy, tiny_prompts
 
 # -- MM-UPT ----------------------------------------------------------------------------------------------------------
 

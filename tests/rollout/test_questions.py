@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_tasks import TOKENIZER, tiny_policy
 
 from posttrain.rollout import questions
 from posttrain.trajectory import Completion, Finish, PosttrainError, Prompt, Sampling
+from tiny_tasks import TOKENIZER, tiny_policy
 
 
 class Says:
@@ -46,5 +46,5 @@ def test_the_policy_writes_them() -> None:
 
 def test_a_template_shows_the_question() -> None:
     assert "{question}" in questions.ANOTHER
-    with pytest.raises(PosttrainError, match="no {question}"):
+    with pytest.raises(PosttrainError, match=r"no \{question\}"):
         questions.write_questions(tiny_policy(), ["a?"], template="write one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,30 @@ def test_the_index_has_every_study_once(tmp_path: Path) -> None:
         "| [toy-same](toy-same.md) | DeepSeekMath, 2024, arXiv 2402.03300 (row GRPO of card 046) | A slope leads up. | "
         "As before. 3 seeds. | height: up at least 10: +4.01 [3.99, 4.03] (fails) | fails |",
     ]
+
+
+def test_studies_that_end_side_by_side_are_all_in_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first to read the results would be the last to write the index, if the other did not wait for it."""
+    both = [result("toy-climb"), result("toy-same")]
+    real, written = pages.index, threading.Event()
+
+    def index(rows: list) -> str:
+        if len(rows) == 1:
+            written.wait(0.4)
+        return real(rows)
+
+    def write(each: Result) -> None:
+        pages.write(each, tmp_path)
+        written.set()
+
+    monkeypatch.setattr(pages, "index", index)
+    monkeypatch.setattr(pages, "draw", lambda each: "<svg/>")
+    threads = [threading.Thread(target=write, args=(each,)) for each in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "2 studies:" in (tmp_path / "README.md").read_text()
 
 
 def test_quick_results_stay_out_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

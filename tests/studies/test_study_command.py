@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import toy_studies  # noqa: F401 - registers them
+import toy_studies
 
 from posttrain.cli.main import main
 from posttrain.studies import pages, registry, runner
 from posttrain.studies.display import Display
+from posttrain.studies.study import Arm, Study
+from posttrain.studies.verdict import AtLeast
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +65,39 @@ def test_a_failure_is_one_line_and_the_rest_is_done(capsys: pytest.CaptureFixtur
     assert (code, out) == (1, "")
     lines = [line for line in err.splitlines() if "failed" in line]
     assert lines[0].startswith("toy-raise: raise, seed 1: failed: ValueError: the ground is gone (traceback: ")
-    assert lines[1].startswith("posttrain: error: 1 job failed (toy-raise: raise, seed 1); what is done is kept")
+    assert lines[1].startswith("posttrain: error: failed: toy-raise: raise, seed 1; what is done is kept")
     assert len(lines) == 2
     assert [job.arm for job in runner.missing([runner.plan(registry.known("toy-raise"))])] == ["raise"]
+
+
+def test_a_study_that_is_broken_takes_no_other_along(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_STUDIES", dict(registry._STUDIES))
+    flat = {"flat": Arm(toy_studies.climb, {"slope": toy_studies.Slope(0.0)})}
+
+    @registry.study(method="grpo", card="046")
+    def toy_unmeasured() -> Study:
+        """It expects what nobody measures."""
+        return Study("c", "s", flat, (AtLeast("flat", "heigth", 0.0),))
+
+    @registry.study(method="grpo", card="046")
+    def toy_unbuilt() -> Study:
+        """It cannot be built."""
+        return Study("c", "s", {}, ())
+
+    for job in runner.missing([runner.plan(registry.known(n)) for n in ("toy-climb", "toy-unmeasured")]):
+        assert runner.carry_out(job) is None
+    code, out, err = call(capsys, "toy-unmeasured", "toy-unbuilt", "toy-climb")
+    assert code == 1
+    assert "verdict: holds" in out
+    assert err.splitlines() == [
+        "toy-unbuilt: failed: PosttrainError: a study needs arms and expectations; a claim that nothing is expected of "
+        "is no claim",
+        "toy-unmeasured: failed: the arm flat has no figure 'heigth'; it measured height",
+        "posttrain: error: 2 failures: toy-unbuilt, ...; what is done is kept: mend this and run the same command "
+        "again",
+    ]
 
 
 def test_fresh_runs_again(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_training import demonstrations, feedback, make_policy, pairs
 
 from posttrain.models.adapters import add_lora
 from posttrain.objective.batch import Batch
 from posttrain.training.critic import ValueHead
 from posttrain.training.signals import Reference, mismatched, per_token, supply
 from posttrain.trajectory import Group, PosttrainError, Trajectory
+from tiny_training import demonstrations, feedback, make_policy, pairs
 
 
 @pytest.mark.parametrize("budget", [1, 50, 1 << 20])
@@ -110,3 +110,15 @@ def test_a_trajectory_alone_is_a_group() -> None:
     tokens = torch.arange(4)
     batch = mismatched([Group([Trajectory(tokens, tokens > 1)]), Group([Trajectory(tokens + 9, tokens > 2)])], 100)
     assert [t.tolist() for t in batch.tokens] == [[0, 1, 12], [9, 10, 11, 2, 3]]
+
+
+def test_old_entropies_are_those_of_the_distributions_that_were_drawn_from() -> None:
+    policy, rows = make_policy(), demonstrations(3)
+    batch = Batch.of(rows)
+    supply(frozenset({"old_entropy"}), batch, rows, policy, None, None, temperature=2.0, budget=40)
+    expected = []
+    for group in rows:
+        t = group.trajectories[0]
+        logp = (policy.model(t.tokens[None]).logits[0, :-1] / 2).log_softmax(-1)
+        expected.append(-(logp.exp() * logp).sum(-1)[t.action_mask[1:]].detach())
+    torch.testing.assert_close(batch.extras["old_entropy"], torch.cat(expected), rtol=1e-4, atol=1e-4)

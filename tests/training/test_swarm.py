@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-from tiny_tasks import TOKENIZER, tiny_policy, tiny_task
-from tiny_training import make_dropout_model, same, weights
 
 from posttrain import methods
 from posttrain.models.causal import CausalPolicy
@@ -16,6 +12,8 @@ from posttrain.training.method import Method
 from posttrain.training.stage import train_stage
 from posttrain.training.swarm import cumulative_reward, swarm
 from posttrain.trajectory import PosttrainError
+from tiny_tasks import TOKENIZER, tiny_policy, tiny_task
+from tiny_training import make_dropout_model, same, weights
 
 
 def sapo(own: int, foreign: int, **settings: Any) -> Method:
@@ -40,9 +38,8 @@ def test_without_sharing_the_nodes_train_as_if_alone(dropout: bool) -> None:
 
 def test_nodes_train_on_what_others_published_in_the_round_before() -> None:
     rounds: list[int] = []
-    nodes = swarm(
-        [tiny_policy(0), tiny_policy(1)], sapo(1, 1), tiny_task(), between=lambda round_, policies: rounds.append(round_)
-    )
+    policies = [tiny_policy(0), tiny_policy(1)]
+    nodes = swarm(policies, sapo(1, 1), tiny_task(), between=lambda number, _: rounds.append(number))
     assert rounds == [1, 2, 3]
     assert [[m["foreign_groups"] for m in node.metrics] for node in nodes] == [[0, 1, 1], [0, 1, 1]]
     other = swarm([tiny_policy(0), tiny_policy(2)], sapo(1, 1), tiny_task())
@@ -76,7 +73,4 @@ def test_refusals() -> None:
 
 
 def test_a_node_stops_at_its_limit() -> None:
-    method = sapo(1, 1, rollout_limit=4)
-    nodes = swarm([tiny_policy(0)], replace(method, settings=replace(method.settings)), tiny_task())
-    assert nodes[0].steps == 1
-    assert torch.get_default_dtype() == torch.float32
+    assert [node.steps for node in swarm([tiny_policy(0)], sapo(1, 1, rollout_limit=4), tiny_task())] == [1]

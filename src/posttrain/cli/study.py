@@ -45,9 +45,10 @@ def study(
             raise PosttrainError(f"{name} {value}: expected at least {least}")
     failed = _run(entries, seeds, quick, fresh, jobs or _cores(), output)
     if failed:
+        count = f"{len(failed)} failures" if len(failed) > 1 else "failed"
         raise PosttrainError(
-            f"{len(failed)} job{'s' * (len(failed) > 1)} failed ({failed[0]}{', ...' * (len(failed) > 1)}); what is "
-            f"done is kept: mend this and run the same command again"
+            f"{count}: {failed[0]}{', ...' * (len(failed) > 1)}; what is done is kept: mend this and run the same "
+            f"command again"
         )
 
 
@@ -66,45 +67,75 @@ def _chosen(names: list[str], family: str | None, everything: bool, listing: boo
     return list({entry.name: entry for entry in map(registry.find, names)}.values())
 
 
-def _run(entries: list[Entry], seeds: int | None, quick: bool, fresh: bool, jobs: int, output: Path | None) -> list:
-    """Run what is missing, and report every study as soon as it is complete; returns the jobs that failed."""
+def _run(
+    entries: list[Entry], seeds: int | None, quick: bool, fresh: bool, jobs: int, output: Path | None
+) -> list[str]:
+    """Run what is missing, and report every study as soon as it is complete; returns what failed."""
     from contextlib import closing
 
     from posttrain.studies import runner
     from posttrain.studies.display import Display
     from posttrain.studies.pages import docs_folder
 
+    failed: list[str] = []
     folder = output or (None if quick else docs_folder() or Path("studies"))
-    plans = [runner.plan(entry, seeds, quick) for entry in entries]
+    plans = _plans(entries, seeds, quick, failed)
     if fresh:
         runner.forget(plans)
     missing = runner.missing(plans)
-    waiting = [plan for plan in plans if not _report(plan, folder)]
-    failed = []
+    waiting = [plan for plan in plans if not _report(plan, folder, failed)]
     with Display(len(missing)) as display, closing(runner.run(missing, jobs, display.started)) as finished:
         for job, error in finished:
             display.finished(job, error)
             if error is not None:
-                failed.append(job)
+                failed.append(str(job))
                 continue
             with display.aside():
-                waiting = [plan for plan in waiting if job.key not in plan.keys or not _report(plan, folder)]
+                waiting = [p for p in waiting if job.key not in p.keys or not _report(p, folder, failed)]
     return failed
 
 
-def _report(plan: Plan, folder: Path | None) -> bool:
+def _plans(entries: list[Entry], seeds: int | None, quick: bool, failed: list[str]) -> list[Plan]:
+    """The studies' plans; one that cannot be built takes no other along."""
+    from posttrain.studies import runner
+
+    plans = []
+    for entry in entries:
+        try:
+            plans.append(runner.plan(entry, seeds, quick))
+        except Exception as error:
+            _say(f"{entry.name}: failed: {type(error).__name__}: {error}")
+            failed.append(entry.name)
+    return plans
+
+
+def _report(plan: Plan, folder: Path | None, failed: list[str]) -> bool:
     """Judge a study, print the verdict and write it down; False while jobs of it are missing."""
     from posttrain.studies.pages import write
     from posttrain.studies.results import result_of
+    from posttrain.trajectory import PosttrainError
 
     records = plan.records()
     if records is None:
         return False
-    result = result_of(plan, records)
+    try:
+        result = result_of(plan, records)
+    except PosttrainError as error:  # an expectation of what was not measured
+        _say(f"{plan.entry.name}: failed: {error}")
+        failed.append(plan.entry.name)
+        return True
     _print(result)
     if folder is not None:
         print(f"written to {write(result, folder)}")
     return True
+
+
+def _say(text: str) -> None:
+    import sys
+
+    from posttrain.terminal import one_line
+
+    print(one_line(text), file=sys.stderr, flush=True)
 
 
 def _print(result: Result) -> None:
@@ -118,7 +149,7 @@ def _print(result: Result) -> None:
     ]
     print_table(("expected", "effect with 95 % interval", "p", "verdict"), rows)
     speed = "" if result.rollouts_per_second is None else f", {number(result.rollouts_per_second)} rollouts a second"
-    print(f"{result.seeds} seeds, {number(result.seconds)} s of training{speed}")
+    print(f"{result.seeds} seed{'s' * (result.seeds > 1)}, {number(result.seconds)} s of training{speed}")
     print(f"verdict: {result.verdict}" + (" (a quick run, which proves nothing)" if result.quick else ""))
 
 

@@ -1,22 +1,22 @@
 """The lab: small worlds with exact ground truth and small models pre-trained on them, all made by seed.
 
 `lab.task("tiers")` and `lab.model("tiers")` belong together: the model is right on the task often enough to learn by
-trial, and wrong often enough to have something to learn. `load("lab:tiers")` works wherever a model's id is asked for,
-once this package was imported; `lab:tiers@3` is the same model built from seed 3.
+trial, and wrong often enough to have something to learn. Wherever a model's id is asked for, `lab:tiers` is this model
+and `lab:tiers@3` the one built from seed 3.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from posttrain.lab import worlds
-from posttrain.lab.headroom import Headroom, measure
+from posttrain.lab.measuring import Headroom, measure
 from posttrain.lab.models import ModelSpec, Share, World, build, folder_of, headroom
 from posttrain.lab.presets import PRESETS
 from posttrain.lab.worlds import WorldTask
 from posttrain.models.causal import CausalPolicy
-from posttrain.models.load import PROVIDERS
 from posttrain.reward.names import unknown
 from posttrain.trajectory import PosttrainError
 
@@ -53,12 +53,10 @@ def task(name: str, **options: Any) -> WorldTask:
     return preset(name).task.task(**options)
 
 
-def _provide(name: str) -> Path:
+def provide(name: str) -> Path:
+    """The folder of the model `lab:name`, or `lab:name@seed`."""
     base, at, seed = name.partition("@")
     if at and not seed.isdigit():
         raise PosttrainError(f"lab:{name}: the seed is {seed!r}; expected a whole number, as in lab:{base}@1")
     spec = preset(base)
-    return folder_of(ModelSpec(**{**vars(spec), "seed": int(seed)}) if at else spec)
-
-
-PROVIDERS["lab"] = _provide
+    return folder_of(dataclasses.replace(spec, seed=int(seed)) if at else spec)

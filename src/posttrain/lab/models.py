@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ import torch
 from posttrain.data.sampler import Shuffled
 from posttrain.lab import tokenizer as tokens_of
 from posttrain.lab import worlds
-from posttrain.lab.headroom import Headroom, measure
+from posttrain.lab.measuring import Headroom, measure
 from posttrain.lab.tokenizer import character_tokenizer
 from posttrain.lab.worlds import world as border
 from posttrain.lab.worlds.world import WorldTask
@@ -33,7 +35,8 @@ from posttrain.training.settings import Schedule, Settings
 from posttrain.trajectory import Group, PosttrainError
 
 HEADROOM = "headroom.json"
-WATCHED_SEED = 10_007  # of the held-out problems watched while a model is built; studies take other seeds
+PROBLEMS, SAMPLES = 150, 8  # held-out problems that a model is measured on, and completions of each
+WATCHED_SEED = 10_007  # of the problems watched while a model is built; the finished one is measured on others
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,9 @@ class ModelSpec:
 
     @property
     def key(self) -> str:
-        """Twelve digits of a hash of all of this and of the code that makes the tokens and the worlds."""
+        """Twelve digits of a hash of all of this and of the code that makes tokens, worlds and models."""
         code = [Path(str(m.__file__)).read_bytes() for m in self._modules()]
+        code += [inspect.getsource(function).encode() for function in (pretrain, corpus, initial)]
         resolved = json.dumps(dataclasses.asdict(self), sort_keys=True, default=str)
         return hashlib.blake2b(b"\0".join([resolved.encode(), *code]), digest_size=6).hexdigest()
 
@@ -132,6 +136,7 @@ def folder_of(spec: ModelSpec) -> Path:
             policy, found = pretrain(spec)
             made = policy.save(Path(scratch) / "model")
             (made / HEADROOM).write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+            shutil.rmtree(folder, ignore_errors=True)  # what a killed process left without its headroom
             made.rename(folder)
     return folder
 
@@ -145,7 +150,7 @@ def pretrain(spec: ModelSpec) -> tuple[CausalPolicy, Headroom]:
     """Train a specification's model from its initial weights, and measure it."""
     policy = initial(spec)
     groups = corpus(spec)
-    watched = spec.task.task(train=0, heldout=150, seed=WATCHED_SEED)
+    watched = spec.task.task(train=0, heldout=PROBLEMS, seed=WATCHED_SEED)
     reached = False
 
     def look(trainer: Trainer) -> dict[str, float]:
@@ -171,8 +176,8 @@ def pretrain(spec: ModelSpec) -> tuple[CausalPolicy, Headroom]:
     source = Offline(groups, Shuffled(groups, spec.seed), settings)
     trainer = Trainer(policy, method, source, seed=spec.seed, evaluator=look, stop=lambda: reached)
     trainer.run()
-    task = spec.task.task(train=0, heldout=150)
-    return policy, dataclasses.replace(measure(policy, task, samples=8), steps=trainer.progress.step)
+    task = spec.task.task(train=0, heldout=PROBLEMS)
+    return policy, dataclasses.replace(measure(policy, task, samples=SAMPLES), steps=trainer.progress.step)
 
 
 def corpus(spec: ModelSpec) -> list[Group]:
@@ -211,7 +216,11 @@ def initial(spec: ModelSpec) -> CausalPolicy:
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
         torch.manual_seed(spec.seed)
         if spec.experts:
-            sparse = {"num_local_experts": spec.experts, "num_experts_per_tok": 2, "sliding_window": None}
+            sparse: dict[str, Any] = {
+                "num_local_experts": spec.experts,
+                "num_experts_per_tok": 2,
+                "sliding_window": None,
+            }
             model: Any = MixtralForCausalLM(MixtralConfig(**shape, intermediate_size=spec.hidden, **sparse))
         else:
             model = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=2 * spec.hidden))

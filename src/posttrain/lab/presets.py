@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from posttrain.lab.models import ModelSpec, Share, World
 from posttrain.lab.worlds.arithmetic import DEFAULT_TIERS
@@ -47,10 +48,56 @@ FORMATS = ModelSpec("formats", _FORMATS, (Share(_FORMATS),), until=0.4)
 _TURNS = World("turns")
 TURNS = ModelSpec("turns", _TURNS, (Share(_TURNS),), rows=4000, until=0.3)
 
-_THREE = World("three_tasks")
-THREE_TASKS = ModelSpec("three-tasks", _THREE, (Share(_THREE),), until=0.5)
+# written sums: no carry is known, one has hardly been seen (success about 2 %), two never
+CARRYING: dict[str, dict[str, Any]] = {
+    name: {"carries": (n, n), "style": "worked"} for n, name in enumerate(("plain", "one", "two"))
+}
+
+
+def _carries(name: str, share: float) -> Share:
+    return Share(World("arithmetic", {**CARRYING[name], "name": name}), share)
+
+
+RARE_CARRIES = ModelSpec(
+    name="rare-carries",
+    task=World("tiers", {"tiers": CARRYING}),
+    corpus=(_carries("plain", 0.85), _carries("one", 0.15)),
+    until=0.7,
+    watch="plain",
+    check_every=25,
+)
+
+_TAGS = {"add": 0.67, "rev": 0.16, "srt": 0.17}  # sums take longest to learn
+THREE_TASKS = ModelSpec(
+    name="three-tasks",
+    task=World("three_tasks"),
+    corpus=tuple(Share(World("three_tasks", {"only": tag}), share) for tag, share in _TAGS.items()),
+    until=0.5,
+)
+
+_COUNTER = World("counter")
+COUNTER = ModelSpec("counter", _COUNTER, (Share(_COUNTER),), until=0.33, watch="order")
+
+_WAYS = World("styles", {"style": "worked"})
+TWO_STYLES = ModelSpec("two-styles", _WAYS, (Share(_TERSE, 0.7), Share(_WAYS, 0.3)), until=0.3)
 
 PRESETS: dict[str, ModelSpec] = {
     spec.name: spec
-    for spec in (TIERS, MOE, STRONG, WEAK, WORKING, STYLES, WORDS, LOGIC, FACTS, FORMATS, TURNS, THREE_TASKS)
+    for spec in (
+        TIERS,
+        MOE,
+        STRONG,
+        WEAK,
+        WORKING,
+        STYLES,
+        WORDS,
+        LOGIC,
+        FACTS,
+        FORMATS,
+        TURNS,
+        RARE_CARRIES,
+        THREE_TASKS,
+        COUNTER,
+        TWO_STYLES,
+    )
 }

@@ -41,6 +41,7 @@ from posttrain.methods.sampling import reinforce_ada
 from posttrain.methods.self_play import eva
 from posttrain.methods.self_training import mm_upt, sapo
 from posttrain.methods.supervised import asft, dft, raft, sft
+from posttrain.methods.zero import expert_iteration, process_grpo, zero_rl
 from posttrain.training.method import Method, Pipeline
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "dr_grpo",
     "dump",
     "eva",
+    "expert_iteration",
     "find",
     "gdpo",
     "gmpo",
@@ -90,6 +92,7 @@ __all__ = [
     "otb",
     "ppo",
     "prefix_rft",
+    "process_grpo",
     "raft",
     "recap",
     "registered",
@@ -116,4 +119,5 @@ __all__ = [
     "trust_grpo",
     "turn_ppo",
     "visurf",
+    "zero_rl",
 ]

@@ -86,8 +86,9 @@ def gpg() -> Method:
 
 @method(family="policy-gradient")
 def otb(clip: float = 0.2) -> Method:
-    r"""Optimal token baseline: every token is compared with the group's members at the same place, weighed by how much
-    gradient they have accumulated up to there.
+    r"""Optimal token baseline: every token is compared with the group's members at the same place.
+
+    They are weighed by how much gradient they have accumulated up to there.
 
     .. math:: A_{it} = G_{it} - \frac{\sum_j G_{jt} W_{jt}}{\sum_j W_{jt}},\qquad
               W_{jt} = \sum_{s\le t}\big(1 - 2\pi(y_{js}) + \textstyle\sum_v\pi(v)^2\big)

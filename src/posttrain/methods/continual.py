@@ -54,7 +54,7 @@ def rif_rft(
 def recap(
     imitate: Sequence[str] = (),
     window: int = 10,
-    temperature: float = 5.0,
+    tau: float = 5.0,
     components: Sequence[str] = (),
     beta: float = 0.0,
     clip: float = 0.2,
@@ -62,7 +62,7 @@ def recap(
 ) -> Method:
     r"""RECAP: old tasks are replayed beside the new one, and every objective is weighted by how it has been doing.
 
-    .. math:: L = \frac1K\sum_k \lambda_k L_k,\qquad \lambda_k = K\,\mathrm{softmax}_k\Big(\frac{c_k + i_k}{T}\Big),
+    .. math:: L = \frac1K\sum_k \lambda_k L_k,\qquad \lambda_k = K\,\mathrm{softmax}_k\Big(\frac{c_k + i_k}{\tau}\Big),
               \qquad c_k = \frac{\mu_k}{\tilde\mu_k},\qquad i_k = \frac{\sigma_k}{\mu_k + \tilde\mu_k}
 
     μ_k and σ_k are mean and standard deviation of the last W values of objective k, :math:`\tilde\mu_k` the mean of the
@@ -72,7 +72,7 @@ def recap(
 
     Args:
         imitate: domains that are replayed by imitation of their worked solutions; all others by trial.
-        window: W in steps (counted for each objective in the steps that have it). temperature: T; inf weighs all alike.
+        window: W in steps (counted for each objective in the steps that have it). tau: τ; inf weighs all alike.
         components: of the reward: each is an objective of its own for all rollouts, in the place of the domains; what
             is imitated is then one objective.
         beta: weight of a KL to the stage's first policy (0.01 is the paper's baseline, LwF). clip: ε.
@@ -89,5 +89,5 @@ def recap(
     terms = [Term(trial.replace(advantage=ChannelNormalised(tuple(components))), ("policy",))]
     if imitate:
         terms.append(Term(Objective(ChannelImitated(bool(components)), CurrentPolicy()), ("replay",)))
-    objective = Reweighted(tuple(terms), ConvergenceWeights(window, temperature), tuple(components))
+    objective = Reweighted(tuple(terms), ConvergenceWeights(window, tau), tuple(components))
     return grpo().replace(objective=objective, sampler=partial(ByDomain, by=by), rollouts=Replay(tuple(imitate), by))

@@ -20,9 +20,7 @@ from posttrain.trajectory import PosttrainError
 
 
 @method(family="data", card="087")
-def dump(
-    temperature: float = 0.1, window: int = 300, clip: float = 0.2, beta: float = 0.001, by: str = "domain"
-) -> Method:
+def dump(tau: float = 0.1, window: int = 300, clip: float = 0.2, beta: float = 0.001, by: str = "domain") -> Method:
     r"""DUMP: rows come from the distributions with the largest mean absolute advantage, and from those seen little.
 
     .. math:: \mathrm{UCB}_d = \frac{1}{|W_d|}\sum_{a \in W_d} |a| + \sqrt{\frac{2\ln(N+1)}{n_d+1}},\qquad
@@ -33,7 +31,7 @@ def dump(
     nothing is solved. Everything else is GRPO.
 
     Args:
-        temperature: τ; at 0.1 a difference of 0.2 in mean advantage makes odds of 7 to 1. window: |W_d| in completions.
+        tau: τ; at 0.1 a difference of 0.2 in mean advantage makes odds of 7 to 1. window: |W_d| in completions.
         clip: ε. beta: weight of the KL to the stage's first policy.
         by: which label in a prompt's `meta` names its distribution.
 
@@ -44,7 +42,7 @@ def dump(
     Reference: DUMP: Automated Distribution-Level Curriculum Learning for RL-based LLM Post-training, 2025, arXiv
     2504.09710 (card 087).
     """
-    return grpo(clip, beta).replace(sampler=partial(UpperConfidence, temperature=temperature, window=window, by=by))
+    return grpo(clip, beta).replace(sampler=partial(UpperConfidence, temperature=tau, window=window, by=by))
 
 
 @method(family="vision-language", card="014")
@@ -57,8 +55,7 @@ def curr_reft(
     beta: float = 0.04,
     by: str = "format",
 ) -> Pipeline:
-    r"""Curr-ReFT: the same problems as yes/no judgements, then as multiple choice, then open; at last, imitation of
-    what a judge accepts.
+    r"""Curr-ReFT: the same problems as judgements, then choices, then open; last, imitation of accepted answers.
 
     .. math:: L = -\frac1\#\sum_i\frac1{T_i}\sum_t \big(e^{\log\pi_\theta - \mathrm{sg}\log\pi_\theta} A_i
               - \beta\,\mathrm{KL}_{k3}\big),\qquad A_i = \frac{R_i - \bar R}{\sigma_R + 10^{-4}}

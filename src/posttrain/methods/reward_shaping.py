@@ -147,7 +147,7 @@ def rpr(
 
 def _warmed_ppo(warmup: int, whiten: bool, clip: float, value: float) -> Method:
     """PPO on outcomes alone: A_t = R - V_t, no KL, one update a step, the critic first."""
-    made = ppo(clip, gamma=1.0, lam=1.0, kl=0.0, value=value, updates=1)
+    made = ppo(clip, value=value, updates=1)
     return made.replace(advantage=GAE(1.0, 1.0, 0.0, whiten), critic_warmup=warmup)
 
 

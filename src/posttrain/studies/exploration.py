@@ -89,16 +89,19 @@ def rep_exp() -> Study:
     Rule, fixed before the run: over four seeds `rep-exp` has a higher pass@32 and more different right answers than
     `tokens`, with an accuracy within 3 points of it; `large` has a lower accuracy.
     """
-    relative = {"relative": True, "ridge": 0.1}
+
+    def arm(weight: float) -> Arm:
+        return _on_logic(methods.rep_exp(weight, ridge=0.1, relative=True))
+
     return Study(
         claim="An elliptical bonus on frozen hidden states raises pass@k and distinct right answers over GRPO, at the "
         "same accuracy.",
         setting="lab model logic (many right answers), 100 steps x 16 prompts x 8 rollouts, equal for all arms.",
         arms={
             "grpo": _on_logic(methods.grpo()),
-            "tokens": _on_logic(methods.rep_exp(weight=0.0, **relative)),
-            "rep-exp": _on_logic(methods.rep_exp(**relative)),
-            "large": _on_logic(methods.rep_exp(weight=1.0, **relative)),
+            "tokens": arm(0.0),
+            "rep-exp": arm(0.01),
+            "large": arm(1.0),
         },
         expectations=(
             Better("rep-exp", than="tokens", metric="pass@32"),

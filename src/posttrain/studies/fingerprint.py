@@ -186,9 +186,6 @@ class _Reader:
                 self.read(found, within)
         for label, constant in _constants(thing, tree):
             self.sources[label] = constant
-        if isinstance(thing, type):
-            for base in thing.__mro__[1:]:
-                self.read(base, within)
 
 
 def _name(thing: Any) -> str:

@@ -1,4 +1,4 @@
-"""Rollouts of another policy: what the prefix's ratio is worth, and what an engine that differs asks for."""
+"""Rollouts of an older policy: what the ratios of a prefix are worth, exactly and in training."""
 
 from __future__ import annotations
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from posttrain.models.load import cache_folder
+from posttrain.studies.fingerprint import digest
 from posttrain.studies.pictures import draw
 from posttrain.studies.results import Result, interval, number
 from posttrain.studies.verdict import RULE
@@ -36,16 +39,28 @@ def write(result: Result, folder: Path) -> Path:
         raise PosttrainError(f"a --quick run proves nothing and is not written to {folder}; give another --output")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"{result.study}.svg", draw(result))
-        write_text(folder / f"{result.study}.md", page(result))
-        write_text(folder / f"{result.study}.json", result.to_json())
-        rows = read(folder)
-        write_text(folder / INDEX, index(rows))
-        if is_ours:
-            write_text(VERDICTS, json.dumps(verdicts(rows), indent=1, ensure_ascii=False) + "\n")
+        with _alone(folder):
+            write_text(folder / f"{result.study}.svg", draw(result))
+            write_text(folder / f"{result.study}.md", page(result))
+            write_text(folder / f"{result.study}.json", result.to_json())
+            rows = read(folder)
+            write_text(folder / INDEX, index(rows))
+            if is_ours:
+                write_text(VERDICTS, json.dumps(verdicts(rows), indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise PosttrainError(f"cannot write to {folder}: {error.strerror or error}; give another --output") from error
     return folder / f"{result.study}.md"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time: studies that run side by side all write the index. The lock lies outside of the folder."""
+    from filelock import FileLock
+
+    locks = cache_folder() / "studies" / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(locks / digest(folder.resolve()))):
+        yield
 
 
 def read(folder: Path) -> list[Row]:

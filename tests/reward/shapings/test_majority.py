@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from scored_groups import context, rewards_of, scored
 
 from posttrain.reward.shapings.majority import Equivalent, MajorityVote, majority
+from scored_groups import context, rewards_of, scored
 
 
 def boxed(*answers: str | None) -> list[str]:

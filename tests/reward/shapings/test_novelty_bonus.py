@@ -63,6 +63,9 @@ def test_a_small_ridge_discriminates_nothing_and_a_relative_one_does(policy: Cau
     relative = Novelty(ridge=0.5, relative=True, dimensions=None)
     assert float(relative.bonus(states).std()) > 0.01
     torch.testing.assert_close(relative.bonus(states), relative.bonus(states / 100))
+    centred = states.double() - states.double().mean(0)
+    by_hand = elliptical_bonus(states, 0.5 * float((centred**2).sum()) / 4)
+    torch.testing.assert_close(relative.bonus(states), by_hand)
 
 
 def test_against_the_others_alone(policy: CausalPolicy) -> None:

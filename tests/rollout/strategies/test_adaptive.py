@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny_tasks import Scripted, step_context, tiny_policy, tiny_prompts
 
 from posttrain.rollout.strategies.adaptive import UntilDecided
 from posttrain.trajectory import Group, PosttrainError, Prompt
+from tiny_tasks import Scripted, step_context, tiny_policy, tiny_prompts
 
 
 def right(completion: str, prompt: Prompt) -> float:

@@ -56,13 +56,13 @@ def questions(groups: Sequence[Any]) -> list[str]:
 
 
 def test_the_share_rises_in_a_line_between_warm_up_and_autonomy() -> None:
-    made = evolving(share=0.8, warmup=0.2, autonomous=0.6)
+    made = evolving(share=0.8, mixing=0.2, autonomous=0.6)
     assert [round(made.share_at(step, 10), 3) for step in range(10)] == [0, 0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.8]
-    assert evolving(warmup=0.0, autonomous=0.0).share_at(0, 10) == 0.8
+    assert evolving(mixing=0.0, autonomous=0.0).share_at(0, 10) == 0.8
 
 
 def test_parents_are_those_with_information() -> None:
-    made = evolving(share=0.75, warmup=0, autonomous=0, offspring=2)
+    made = evolving(share=0.75, mixing=0, autonomous=0, offspring=2)
     first = made(tiny_prompts(4), context(0))
     assert questions(first) == ["p0:", "p1:", "p2:", "p3:"], "nothing was visited before: nothing to evolve"
     second = context(1)
@@ -93,7 +93,7 @@ def test_what_is_known_already_and_what_failed_is_not_asked_again() -> None:
     def same(prompt: Prompt, chance: np.random.Generator) -> Variation | None:
         return Variation("p1:") if prompt.question.startswith("p0") else Variation("twin")
 
-    made = Evolving(RuleEvolver(same), share=1.0, warmup=0, autonomous=0)
+    made = Evolving(RuleEvolver(same), share=1.0, mixing=0, autonomous=0)
     made(tiny_prompts(4), context(0))
     found = questions(made(tiny_prompts(4), context(1)))
     assert found.count("twin") <= 1
@@ -111,7 +111,7 @@ def test_uniform_and_inverse_are_controls() -> None:
 
 
 def test_a_restored_creator_goes_on_where_it_was() -> None:
-    whole, other = (evolving(share=0.5, warmup=0, autonomous=0) for _ in range(2))
+    whole, other = (evolving(share=0.5, mixing=0, autonomous=0) for _ in range(2))
     for step in range(3):
         whole(tiny_prompts(4), context(step))
     other.load_state_dict(json.loads(json.dumps(whole.state_dict())))
@@ -121,7 +121,7 @@ def test_a_restored_creator_goes_on_where_it_was() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"informativeness": "size"}, "one of gap"), ({"share": 1.2}, "share=1.2"), ({"warmup": 0.7}, "warmup <= auton")],
+    [({"informativeness": "size"}, "one of gap"), ({"share": 1.2}, "share=1.2"), ({"mixing": 0.7}, "mixing <= auton")],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PosttrainError, match=message):

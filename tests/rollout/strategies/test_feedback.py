@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from tiny_tasks import END, TOKENIZER, Scripted, letters, step_context, tiny_policy, tiny_prompts
 from torch import Tensor
 
 from posttrain.models.causal import CausalPolicy
@@ -17,6 +16,7 @@ from posttrain.rollout.context import StepContext
 from posttrain.rollout.strategies.feedback import FEEDBACK, Attempt, Feedback, Prompted
 from posttrain.rollout.strategy import Plain
 from posttrain.trajectory import SOURCES, Group, PosttrainError, Prompt, Sampling, Trajectory
+from tiny_tasks import END, TOKENIZER, Scripted, letters, step_context, tiny_policy, tiny_prompts
 
 TEACHER = SOURCES.index("teacher")
 
@@ -151,7 +151,7 @@ def test_a_template_is_filled_in_once() -> None:
     asked = Prompted("Q {question} A {attempt} V {verdict} G {answer} {other}").asked(attempt)
     assert asked == "Q p0: A {answer} {verdict} V wrong G 0 {other}"
     assert "{answer}" not in FEEDBACK
-    with pytest.raises(PosttrainError, match="no {attempt}"):
+    with pytest.raises(PosttrainError, match=r"no \{attempt\}"):
         Prompted("judge {question}")
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_tasks import END, TOKENIZER, step_context, tiny_policy, tiny_prompts
 
 from posttrain.objective.batch import Batch
 from posttrain.objective.schedule import Cosine
 from posttrain.rollout.strategies.prefix import DemonstrationPrefix, worked_tokens
 from posttrain.trajectory import SOURCES, Group, PosttrainError, Prompt, Sampling, Trajectory
+from tiny_tasks import END, TOKENIZER, step_context, tiny_policy, tiny_prompts
 
 EXPERT = SOURCES.index("expert")
 

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from tiny_tasks import END, TOKENIZER, Scripted, letters, step_context, tiny_policy, tiny_prompts
 
 from conftest import make_tokenizer
 from posttrain.data.templates import render_prompt
@@ -14,7 +13,8 @@ from posttrain.models.causal import CausalPolicy
 from posttrain.rollout.context import StepContext
 from posttrain.rollout.strategies.swarm import Pool, Record, Shared
 from posttrain.rollout.strategy import Plain
-from posttrain.trajectory import Group, PosttrainError, Prompt, Sampling
+from posttrain.trajectory import Group, PosttrainError, Prompt
+from tiny_tasks import END, TOKENIZER, Scripted, letters, step_context, tiny_policy, tiny_prompts
 
 pytestmark = pytest.mark.limit("sapo")
 

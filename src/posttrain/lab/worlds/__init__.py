@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from posttrain.lab.worlds.arithmetic import arithmetic, tiers
+from posttrain.lab.worlds.counter import counter
 from posttrain.lab.worlds.facts import facts
 from posttrain.lab.worlds.formats import formats
 from posttrain.lab.worlds.logic import logic
 from posttrain.lab.worlds.mixture import mix
-from posttrain.lab.worlds.moves import moves
 from posttrain.lab.worlds.rewriting import rewriting, three_tasks
 from posttrain.lab.worlds.styles import styles
+from posttrain.lab.worlds.sums import sums
 from posttrain.lab.worlds.turns import turns
 from posttrain.lab.worlds.words import words
 from posttrain.lab.worlds.world import WorldTask
@@ -19,7 +20,7 @@ from posttrain.reward.names import unknown
 
 WORLDS: dict[str, Callable[..., WorldTask]] = {
     world.__name__: world
-    for world in (arithmetic, facts, formats, logic, moves, rewriting, styles, three_tasks, tiers, turns, words)
+    for world in (arithmetic, counter, facts, formats, logic, rewriting, styles, sums, three_tasks, tiers, turns, words)
 }
 __all__ = ["WORLDS", "WorldTask", "find", "mix", *WORLDS]
 

@@ -14,7 +14,7 @@ from functools import cache
 from itertools import product
 
 from posttrain.evaluation.task import TaskItem
-from posttrain.lab.worlds.world import WorldTask, world_task
+from posttrain.lab.worlds.world import WorldTask, is_heldout, world_task
 from posttrain.reward.reward import Reward
 from posttrain.reward.verifiers import ExactMatch
 from posttrain.trajectory import PosttrainError
@@ -106,6 +106,11 @@ def facts(
         }
         return TaskItem(template.format(a=attribute, p=person), answer, meta, answer)
 
+    def spoken(chance: random.Random) -> TaskItem:
+        """A person by the power law, then a question about them that is not held out: the law holds exactly."""
+        rank = chance.choices(range(count), crowd.frequency)[0]
+        return next(item for item in iter(lambda: about(chance, rank), None) if not is_heldout(item))
+
     longest = max(len(v) for values in VALUES.values() for v in values)
     return world_task(
         name,
@@ -115,6 +120,6 @@ def facts(
         heldout=heldout,
         seed=seed,
         max_tokens=longest + 2,
-        pretraining=lambda chance: about(chance, chance.choices(range(count), crowd.frequency)[0]),
+        pretraining=spoken,
         description=f"{len(VALUES) + 1} attributes of {count} people",
     )

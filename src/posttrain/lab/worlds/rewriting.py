@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from posttrain.evaluation.task import TaskItem
 from posttrain.lab.worlds.arithmetic import Range, arithmetic
@@ -64,11 +64,11 @@ def three_tasks(*, only: str | None = None, train: int = 1500, heldout: int = 30
     if not wanted:
         raise PosttrainError(f"three_tasks: only is {only!r}; expected one of {', '.join(TAGS)}")
     for tag in wanted:
-        sizes = {"train": train // len(wanted), "heldout": heldout // len(wanted), "seed": seed}
+        sizes: dict[str, Any] = {"train": train // len(wanted), "heldout": heldout // len(wanted), "seed": seed}
         if tag == "rev":
-            parts[tag] = rewriting(operation="reverse", name=tag, **sizes)
+            parts[tag] = rewriting(operation="reverse", length=(4, 6), name=tag, **sizes)
         elif tag == "srt":
-            parts[tag] = rewriting(operation="sort", alphabet="0123456789", name=tag, **sizes)
+            parts[tag] = rewriting(operation="sort", length=(4, 6), alphabet="0123456789", name=tag, **sizes)
         else:
             parts[tag] = arithmetic(name=tag, **sizes)
     return mix(parts, name="three tasks" if only is None else only, tag=True, seed=seed)

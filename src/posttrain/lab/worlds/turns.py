@@ -189,5 +189,5 @@ class _Scripted:
         text = self.moves[key][self.asked[key]]
         self.asked[key] += 1
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        tokens = torch.tensor([*ids, int(self.tokenizer.eos_token_id)])  # type: ignore[arg-type]
+        tokens = torch.tensor([*ids, int(self.tokenizer.eos_token_id)])
         return Completion(tokens, torch.zeros(len(tokens)), torch.zeros(len(tokens)), "stop", text)

@@ -113,14 +113,15 @@ class ThinkWithinBudget:
         return groups + [group for group in rest if len(group)]
 
     def places(self, documents: Sequence[Trajectory], context: StepContext) -> list[list[int]]:
-        """Which tokens of each document are to be thought about."""
+        """Which tokens of each document are to be thought about: of its solution, its end token excepted."""
+        ends = context.required_policy().end_tokens
         tiers = self._tiers(documents, context)
         random = context.random("places")
         shares = None if self.curriculum is None else self.curriculum(context.step, context.total)
         found = []
         for document, tier in zip(documents, tiers, strict=True):
             solution = document.action_mask.nonzero()[:, 0]
-            left = list(range(len(solution)))
+            left = [i for i, place in enumerate(solution.tolist()) if int(document.tokens[place]) not in ends]
             own: list[int] = []
             for _ in range(min(self.chosen, len(left))):
                 if shares is None:

@@ -20,7 +20,7 @@ from posttrain.trajectory import Group, PosttrainError, Prompt
 class Evolving:
     """A share of every step's prompts is evolved from those that were most informative when they were last visited.
 
-    The share is 0 until `warmup` (of the stage's steps), then rises in a straight line to `share` at `autonomous`; the
+    The share is 0 until `mixing` (of the stage's steps), then rises in a straight line to `share` at `autonomous`; the
     others are the sampler's. How informative a prompt is, is measured on the completions of its own visits.
 
     Args:
@@ -32,7 +32,7 @@ class Evolving:
     evolver: Evolver = field(default_factory=InstructionEvolver)
     informativeness: str = "gap"
     share: float = 0.8
-    warmup: float = 0.1
+    mixing: float = 0.1
     autonomous: float = 0.5
     offspring: int = 4
     capacity: int = 10_000
@@ -43,10 +43,10 @@ class Evolving:
             raise PosttrainError(
                 f"informativeness is {self.informativeness!r}; expected one of {', '.join(INFORMATIVENESS)}"
             )
-        if not (0 <= self.share <= 1 and 0 <= self.warmup <= self.autonomous <= 1 and self.offspring >= 1):
+        if not (0 <= self.share <= 1 and 0 <= self.mixing <= self.autonomous <= 1 and self.offspring >= 1):
             raise PosttrainError(
-                f"evolving: share={self.share}, warmup={self.warmup}, autonomous={self.autonomous}, "
-                f"offspring={self.offspring}; expected shares with warmup <= autonomous, and offspring from 1"
+                f"evolving: share={self.share}, mixing={self.mixing}, autonomous={self.autonomous}, "
+                f"offspring={self.offspring}; expected shares with mixing <= autonomous, and offspring from 1"
             )
         self.buffer = PromptBuffer(self.capacity)
 
@@ -67,7 +67,7 @@ class Evolving:
 
     def share_at(self, step: int, total: int) -> float:
         """Which share of the prompts is to be evolved at a step."""
-        done, begin, end = step / total, self.warmup, self.autonomous
+        done, begin, end = step / total, self.mixing, self.autonomous
         if done < begin:
             return 0.0
         return self.share if done >= end else self.share * (done - begin) / (end - begin)

@@ -29,7 +29,7 @@ class ThinkBeforeNext:
     """A group of thoughts before one token of each document.
 
     open, close: text that begins and ends a thought; one cut off at the length limit is closed before it is judged.
-    within: places anywhere in the `document`, or only in the `solution` that the prompt asks for.
+    within: places anywhere in the `document`, or only in the `solution` that the prompt asks for; never its end token.
     least: tokens of the document before the place, at least.
 
     Leaves the reward component `gain` (nats) and the metric `gain`.
@@ -75,11 +75,12 @@ class ThinkBeforeNext:
     def _place(self, prompt: Prompt, policy: CausalPolicy, context: StepContext) -> Place:
         document = demonstration_of(prompt)
         first = max(self.least, 1, document.prompt_length if self.within == "solution" else 1)
-        if first >= document.length:
+        last = document.length - int(int(document.tokens[-1]) in policy.end_tokens)
+        if first >= last:
             raise PosttrainError(
-                f"the document {prompt.question[:60]!r} has {document.length} tokens; no place in it has {first} before"
+                f"the document {prompt.question[:60]!r} has {last} tokens; no place in it has {first} before"
             )
-        place = int(context.random(f"place {prompt.key}").integers(first, document.length))
+        place = int(context.random(f"place {prompt.key}").integers(first, last))
         asked = torch.cat([document.tokens[:place], encoded(self.open, policy)])
         return replace(prompt, tokens=asked), document.tokens, place
 
