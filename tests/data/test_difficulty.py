@@ -60,6 +60,12 @@ def test_levels_within_the_range_or_the_nearest(solved: tuple[int, int, int], ke
     assert sampler.metrics() == rates | {"matched": len(kept) / 3}
 
 
+def test_the_nearest_level_may_lie_above() -> None:
+    sampler = MatchedLevels(rows(), low=0.5, high=0.9)
+    sampler.survey(rows(), Tries(easy=4, medium=1, hard=0))
+    assert sampler.chosen == ["easy"]
+
+
 def test_takes_every_kept_row_once_an_epoch() -> None:
     sampler = MatchedLevels(rows(), 3)
     sampler.survey(rows(), Tries(easy=3, medium=2, hard=0))

@@ -37,38 +37,39 @@ def test_orders():
         assert tuple(fitting) == item.answer
 
 
-def test_sums_have_exactly_the_answers_that_meet_the_conditions():
-    task = of_kind("sums")
+@pytest.mark.parametrize("size", [2, 3])
+def test_sums_have_exactly_the_answers_that_meet_the_conditions(size):
+    task = of_kind("sums", size=size)
     for item in task.train[:4]:
         total, *conditions = str(item.prompt).split(",")
-        for digits in product(range(1, 10), repeat=3):
-            names = dict(zip("xyz", digits, strict=True))
+        for digits in product(range(10), repeat=size):
+            names = dict(zip("xyz", digits, strict=False))
             fits = eval(total.replace("=", "=="), names) and all(eval(c, names) for c in conditions)
             assert correct(task, item, "".join(map(str, digits))) == fits
 
 
 def test_colours_differ_between_neighbours():
-    task = of_kind("colours", size=4)
-    for item in task.train[:15]:
-        edges = [("abcd".index(a), "abcd".index(b)) for a, b in str(item.prompt).split(",")]
-        for colours in product("rgb", repeat=4):
+    task = of_kind("colours", size=6)
+    for item in task.train[:6]:
+        edges = [("abcdef".index(a), "abcdef".index(b)) for a, b in str(item.prompt).split(",")]
+        for colours in product("rgb", repeat=6):
             assert correct(task, item, "".join(colours)) == all(colours[a] != colours[b] for a, b in edges)
         reached = {0}
-        for _ in range(4):
+        for _ in range(6):
             reached |= {x for edge in edges if reached & set(edge) for x in edge}
-        assert reached == {0, 1, 2, 3}
+        assert reached == set(range(6))
 
 
 def test_many_answers_are_counted_and_demonstrated_alike():
     task = logic(train=200, heldout=10)
     assert {i.meta["domain"] for i in task.train} == {"sums", "colours"}
     assert all(i.meta["answers"] == len(i.answer) for i in task.train)
-    assert sum(i.meta["answers"] > 1 for i in task.train) > 150
+    assert sum(i.meta["answers"] > 1 for i in task.train) > 140
     first = sum(i.solution == i.answer[0] for i in task.train if len(i.answer) >= 8)
     assert first < 40  # any answer is as likely as another
 
 
-@pytest.mark.parametrize("options", [{"kinds": ["chess"]}, {"kinds": []}, {"size": 9}])
+@pytest.mark.parametrize("options", [{"kinds": ["chess"]}, {"kinds": []}, {"size": 9}, {"kinds": ["sums"], "size": 4}])
 def test_what_cannot_be_made(options):
     with pytest.raises(PosttrainError, match="logic"):
         logic(**options)

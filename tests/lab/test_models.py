@@ -38,7 +38,7 @@ def equal(a, b):
 
 def test_a_model_is_built_once(monkeypatch):
     first = build(TINY)
-    monkeypatch.setattr(models, "pretrain", lambda spec: pytest.fail("built again"))
+    monkeypatch.setattr(models, "Trainer", lambda *given, **named: pytest.fail("built again"))
     second = build(TINY)
     assert equal(first, second)
     assert first.model is not second.model

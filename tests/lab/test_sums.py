@@ -21,7 +21,7 @@ def test_documents_end_in_the_sum_and_their_scratch_in_a_beginning_of_the_workin
         digits = [int(c) for c in str(item.prompt)]
         assert item.solution == item.answer == (f"{item.prompt}=" if copied else "") + str(sum(digits) % 5)
     shown = [item for item in task.corpus(300) if "[" in str(item.solution)]
-    assert 100 < len(shown) < 200
+    assert 170 < len(shown) < 250
     cut = set()
     for item in shown:
         whole = "".join(working([int(c) for c in str(item.prompt)], 5))

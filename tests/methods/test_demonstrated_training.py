@@ -91,6 +91,8 @@ def test_chord_divides_the_prompts_of_a_step() -> None:
     metrics, groups = step(methods.chord())
     assert [t.source for g in groups for t in g.trajectories] == ["policy"] * 8 + ["expert"] * 2
     assert {"expert_logp", "logp", "clip_fraction"} <= metrics.keys()
+    undecided = [len({t.reward for t in g.trajectories}) > 1 for g in groups[:2]]
+    assert metrics["undecided"] == sum(undecided) / 2  # of the prompts that were tried
 
 
 def test_hpt_logs_the_share_of_demonstrated_prompts_and_the_reward_of_all_rollouts() -> None:

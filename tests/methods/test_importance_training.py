@@ -21,10 +21,10 @@ from posttrain.rollout.strategies.low_precision import LowPrecision
 from posttrain.training.collect import Online
 from posttrain.training.loop import Trainer
 from posttrain.training.method import Method
-from posttrain.training.signals import supply
+from posttrain.training.signals import logp_and_experts, supply
 from posttrain.training.stage import source_for
 from posttrain.trajectory import PosttrainError
-from tiny_models import make_policy
+from tiny_models import make_policy, ragged_batch
 from tiny_tasks import TOKENIZER, tiny_policy, tiny_task
 
 SHORT: dict[str, Any] = {"steps": 2, "batch": 4, "group": 4, "max_tokens": 6, "warmup": 0.0, "learning_rate": 1e-2}
@@ -138,6 +138,18 @@ def test_r2_replays_what_the_trainer_chose_before_the_first_update(monkeypatch: 
             assert agreement(asked, own_choice(old, tokens)) > 0.99
             moved.append(agreement(asked, own_choice(run.policy, tokens)))
     assert sum(moved) / len(moved) < 0.95  # left alone, the routers would have chosen others
+
+
+def test_experts_are_recorded_for_the_sequence_they_belong_to() -> None:
+    """Micro-batches take sequences in an order of their own."""
+    policy, batch = make_policy("mixtral", TOKENIZER), ragged_batch()
+    order = torch.cat(batch.partition(12, keep_groups=False))
+    assert not torch.equal(order, order.argsort())
+    with torch.no_grad():
+        logp, experts = logp_and_experts(batch, 12, policy, 1.0)
+        torch.testing.assert_close(logp, policy.log_likelihood(batch).logp, rtol=1e-4, atol=1e-4)
+    for found, tokens in zip(experts, batch.tokens, strict=True):
+        assert agreement(found, own_choice(policy, tokens)[: len(found)]) > 0.99
 
 
 def test_without_replay_the_routers_choose(monkeypatch: pytest.MonkeyPatch) -> None:

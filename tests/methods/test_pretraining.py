@@ -22,9 +22,10 @@ from posttrain.rollout.strategies.thought import ThinkBeforeNext
 from posttrain.training.collect import Online
 from posttrain.training.loop import Trainer
 from posttrain.training.method import Method
-from posttrain.trajectory import Group, Prompt, Sampling, Trajectory
+from posttrain.trajectory import Group, PosttrainError, Prompt, Sampling, Trajectory
 from tiny_training import TOKENIZER, make_policy, prompts
 
+END = 2
 pytestmark = [pytest.mark.limit("rlp", "rmt"), pytest.mark.gradient("rlp", "rmt")]
 
 
@@ -95,6 +96,32 @@ def test_places_within_the_solution_alone_where_that_is_asked() -> None:
     groups = ThinkBeforeNext("[", "]", within="solution")(rows, context_of(policy, policy))
     for group, prompt in zip(groups, rows, strict=True):
         assert all(t.prompt_length - 1 >= len(prompt.tokens) for t in group.trajectories)
+
+
+def ended(count: int, letters: str) -> list[Prompt]:
+    """Documents whose solutions are followed by the end token."""
+    found = []
+    for prompt in prompts(count):
+        tokens = torch.cat([prompt.tokens, torch.tensor([*TOKENIZER.encode(letters), END])])
+        own = Trajectory(tokens, torch.arange(len(tokens)) >= len(prompt.tokens), source="expert")
+        found.append(replace(prompt, demonstration=own))
+    return found
+
+
+def test_the_end_token_is_not_thought_about() -> None:
+    policy = make_policy(0)
+    assert END in policy.end_tokens
+    rows = ended(6, "a")
+    for group, prompt in zip(
+        ThinkBeforeNext("[", "]", within="solution")(rows, context_of(policy, policy)), rows, strict=True
+    ):
+        assert group.trajectories[0].prompt_length - 1 == len(prompt.tokens)  # the only letter of the solution
+    with pytest.raises(PosttrainError, match="no place in it has 9 before"):
+        ThinkBeforeNext("[", "]", least=9)(rows, context_of(policy, policy))
+    for document, places in zip(
+        rows, rmt(chosen=3).rollouts.places([r.demonstration for r in rows], context_of(policy, policy)), strict=True
+    ):
+        assert places == [len(document.tokens)]
 
 
 def test_the_advantage_is_leave_one_out_and_unscaled() -> None:

@@ -139,13 +139,13 @@ def test_results() -> None:
 
 def test_filling_in_touches_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table: results -->\nold\n<!-- end of table -->\nafter\n")
+    page.write_text("before\n<!-- table: results -->\nstale words\n<!-- end of table -->\nafter\n")
     table.main([str(page)])
     assert capsys.readouterr().out == f"{page}: written\n"
     text = page.read_text()
     assert text.startswith("before\n<!-- table: results -->\n\n")
     assert text.endswith("\n\n<!-- end of table -->\nafter\n")
-    assert "old" not in text
+    assert "stale words" not in text
     table.main([str(page)])
     assert capsys.readouterr().out == f"{page}: as it should be\n"
     assert page.read_text() == text

@@ -102,6 +102,14 @@ def test_without_kl_entropy_and_levels_zero_rl_is_grpo_over_tokens() -> None:
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def test_levels_are_measured_by_what_is_right() -> None:
+    sampler = methods.zero_rl(correct="answer", level="tier", low=0.2, high=0.6).sampler(
+        [Prompt(torch.tensor([1]), meta={"tier": tier}) for tier in "ab"], 3
+    )
+    assert isinstance(sampler, MatchedLevels)
+    assert (sampler.component, sampler.low, sampler.high, sorted(sampler.levels)) == ("answer", 0.2, 0.6, ["a", "b"])
+
+
 def test_the_form_needs_to_know_what_is_right() -> None:
     with pytest.raises(PosttrainError, match="form='boxed' needs correct="):
         methods.zero_rl(form="boxed")
@@ -223,4 +231,3 @@ def test_steps_in_the_loop(method: Method, metrics: set[str]) -> None:
     if method.name == "zero-rl":
         assert result.metrics[0]["matched"] == 0.5
         assert result.rollouts == 2 * 4 * 6 + 8 * 4  # the probe: all eight prompts four times
-        assert isinstance(small.sampler([Prompt(torch.tensor([1]))], 0), MatchedLevels)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_training import make_dropout_model
 
 from conftest import make_model, make_tokenizer
+from tiny_training import make_dropout_model
 
 SCRIPT = Path(__file__).with_name("killable.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -201,7 +201,8 @@ def moments(recipe: dict[str, Any], folder: Path, mix: random.Random) -> Iterato
 
 
 def rows(file: Path, *without: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    # not splitlines: a completion may hold any other end of a line
+    found = [json.loads(x) for x in file.read_text(encoding="utf-8").split("\n") if x] if file.is_file() else []
     return [{k: v for k, v in row.items() if k not in without} for row in found]
 
 

@@ -11,19 +11,17 @@ from posttrain.cli.inline import inline
 
 if TYPE_CHECKING:
     from posttrain.cli.train import Given
+    from posttrain.evaluation.task import Task
     from posttrain.training.method import Method, Pipeline
+
+
+LAB = "lab:"
+SUMS = {"reasoning_gym": "chain_sum", "terms": [2, 3], "digits": [1, 2], "train": 2000, "heldout": 200}
 
 
 def compare(
     methods: Annotated[
         str, typer.Option(metavar="A,B,...", help="Methods; A+B trains by one after the other.", show_default=False)
-    ],
-    task: Annotated[
-        str,
-        typer.Option(
-            help="A reasoning-gym name, a file, or YAML: '{reasoning_gym: chain_sum, terms: [2, 3]}'.",
-            show_default=False,
-        ),
     ],
     budget: Annotated[
         str,
@@ -33,7 +31,17 @@ def compare(
             show_default=False,
         ),
     ],
-    model: Annotated[str, typer.Option(help="A bundled name, folder, GGUF file or hub id.")] = "smollm2-135m",
+    model: Annotated[
+        str, typer.Option(help="A bundled name, folder, GGUF file, hub id, or a model of the lab: lab:tiers.")
+    ] = "smollm2-135m",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="A reasoning-gym name, a file, or YAML: '{reasoning_gym: chain_sum, terms: [2, 3]}'. "
+            "By default the demo's sums, or a lab model's own task.",
+            show_default=False,
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each method.")] = 3,
     folder: Annotated[
         Path | None,
@@ -59,7 +67,6 @@ def compare(
     methods and seeds added later join what is there.
     """
     from posttrain.cli.train import given_settings
-    from posttrain.evaluation.tasks import task_from
     from posttrain.models.load import load
     from posttrain.studies.budget import Budget
     from posttrain.studies.compare import compare as compare_methods
@@ -70,9 +77,11 @@ def compare(
          "max_tokens": max_tokens},
         overrides or [],
     )  # fmt: skip
+    if model.startswith(LAB):
+        _set_for_lab(given)
     made = _methods(methods, given)
-    problems = task_from(inline("--task", task))
-    longest = given.get("max_tokens")
+    problems = _task(task, model)
+    longest = given.get("max_tokens") if not model.startswith(LAB) else None
     found = compare_methods(
         load(model),
         problems,
@@ -87,6 +96,28 @@ def compare(
     )
     print(found)
     print(f"page: {found.page}")
+
+
+def _task(text: str | None, model: str) -> Task:
+    """The task that was asked for; else a lab model's own, or the demo's."""
+    from posttrain.evaluation.tasks import task_from
+
+    if text is not None:
+        return task_from(inline("--task", text))
+    if model.startswith(LAB):
+        from posttrain import lab
+
+        return lab.task(model.removeprefix(LAB).partition("@")[0])
+    return task_from(SUMS)
+
+
+def _set_for_lab(given: Given) -> None:
+    """The lab's small models learn with its own settings, where none were given."""
+    from posttrain.studies.arms import LAB as SETTINGS
+
+    for key, value in SETTINGS.items():
+        if key != "steps" and key not in given:
+            given[key] = (value, f"the lab's {key} {value}")
 
 
 def _methods(text: str, given: Given) -> dict[str, Method | Pipeline]:

@@ -58,12 +58,15 @@ def reposed(
         raise PosttrainError(f"reposed: wordings are {', '.join(sorted(words))}; expected {', '.join(FORMATS)}")
     chance = random.Random(f"reposed/{task.name}/{seed}")
     answers = sorted({_right(item) for item in task.train})
-    makes = wrong or (lambda item, chance: _near(item, chance, answers))
+    makes = wrong or (lambda item, chance: near(item, chance, answers))
     rights = [i % 2 == 0 for i in range(len(task.train))]
     chance.shuffle(rights)
     items = []
     for item, right in zip(task.train, rights, strict=True):
-        items += [_judged(item, right, makes, words, chance), _chosen(item, options, makes, words, separator, chance)]
+        items += [
+            as_judgement(item, right, makes, words, chance),
+            as_choice(item, options, makes, words, separator, chance),
+        ]
         items.append(_posed(item, "open", words, item.answer, item.solution))
     chance.shuffle(items)
     return replace(
@@ -76,15 +79,19 @@ def reposed(
     )
 
 
-def _judged(item: TaskItem, right: bool, wrong: Wrong, words: Mapping[str, str], chance: random.Random) -> TaskItem:
+def as_judgement(
+    item: TaskItem, right: bool, wrong: Wrong, words: Mapping[str, str], chance: random.Random
+) -> TaskItem:
+    """The problem as a judgement of the right answer, or of a wrong one."""
     proposed = _right(item) if right else _different(item, wrong, chance, 1)[0]
     said = "yes" if right else "no"
     return _posed(item, "judge", words, said, said, proposed=proposed)
 
 
-def _chosen(
+def as_choice(
     item: TaskItem, count: int, wrong: Wrong, words: Mapping[str, str], separator: str, chance: random.Random
 ) -> TaskItem:
+    """The problem as a choice between `count` answers, the right one at a random place."""
     offered = [_right(item), *_different(item, wrong, chance, count - 1)]
     chance.shuffle(offered)
     lines = [f"{letter}. {each}" for letter, each in zip(string.ascii_uppercase, offered, strict=False)]
@@ -125,7 +132,8 @@ def _different(item: TaskItem, wrong: Wrong, chance: random.Random, count: int) 
     )
 
 
-def _near(item: TaskItem, chance: random.Random, answers: list[str]) -> str:
+def near(item: TaskItem, chance: random.Random, answers: list[str]) -> str:
+    """A number near a whole number; one of `answers` where the right one is none."""
     try:
         number = int(_right(item))
     except ValueError:

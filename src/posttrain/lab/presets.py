@@ -24,7 +24,7 @@ TIERS = ModelSpec(
 MOE = dataclasses.replace(TIERS, name="moe", experts=8)
 
 _SUMS = World("arithmetic")
-STRONG = ModelSpec("strong", _SUMS, (Share(_SUMS),), steps=700, learning_rate=3e-3, schedule="linear")
+STRONG = ModelSpec("strong", _SUMS, (Share(_SUMS),), steps=850, learning_rate=3e-3, schedule="linear")
 WEAK = ModelSpec("weak", _SUMS, (Share(_SUMS),), hidden=64, until=0.3)
 
 _WORKED = World("arithmetic", {"style": "worked"})
@@ -37,7 +37,7 @@ _WORDS = World("words", {"depth": (1, 3), "operations": "+"})
 WORDS = ModelSpec("words", _WORDS, (Share(_WORDS),), rows=6000, batch=32, learning_rate=3e-3, until=0.4)
 
 _LOGIC = World("logic")
-LOGIC = ModelSpec("logic", _LOGIC, (Share(_LOGIC),), learning_rate=3e-3, until=0.4)
+LOGIC = ModelSpec("logic", _LOGIC, (Share(_LOGIC),), rows=6000, until=0.35)
 
 _FACTS = World("facts")
 FACTS = ModelSpec("facts", _FACTS, (Share(_FACTS),), until=0.4)
@@ -75,8 +75,9 @@ THREE_TASKS = ModelSpec(
     until=0.5,
 )
 
-_COUNTER = World("counter")
-COUNTER = ModelSpec("counter", _COUNTER, (Share(_COUNTER),), until=0.33, watch="order")
+# writes tersely, and has seen a little of the style that the demonstrations are in
+_SPACED = World("styles", {"style": "spaced"})
+FOREIGN_STYLE = ModelSpec("foreign-style", _SPACED, (Share(_TERSE, 0.85), Share(_SPACED, 0.15)), until=0.3)
 
 _WAYS = World("styles", {"style": "worked"})
 TWO_STYLES = ModelSpec("two-styles", _WAYS, (Share(_TERSE, 0.7), Share(_WAYS, 0.3)), until=0.3)
@@ -97,7 +98,7 @@ PRESETS: dict[str, ModelSpec] = {
         TURNS,
         RARE_CARRIES,
         THREE_TASKS,
-        COUNTER,
         TWO_STYLES,
+        FOREIGN_STYLE,
     )
 }

@@ -108,7 +108,9 @@ def method(
             made = function(*args, **kwargs)
             if isinstance(made, Pipeline):
                 return made
-            return replace(made, name=known, arguments=dict(bound.arguments))
+            # YAML has lists alone: what it gives is what a tuple in Python gives
+            given = {k: tuple(v) if isinstance(v, list) else v for k, v in bound.arguments.items()}
+            return replace(made, name=known, arguments=given)
 
         if not function.__doc__:
             raise PosttrainError(f"method {known} has no docstring; expected its definition, arguments and reference")

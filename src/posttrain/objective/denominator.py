@@ -18,8 +18,8 @@ from posttrain.objective.batch import Batch
 @dataclass(slots=True)
 class Ratio:
     """weight, value, log_ratio: `[M]` fp32, constant. For masks the estimator adds the policy's present log-probability
-    and, where it was computed, its entropy: `[M]` fp32, constant. unit: `[M]` int64, from 0 without gaps, where one ratio
-    is a mean over several tokens with credit of their own: its gradient gives each of them the mean of the unit's.
+    and, where it was computed, its entropy: `[M]` fp32, constant. unit: `[M]` int64, from 0 without gaps, where one
+    ratio is a mean over several tokens with credit of their own: its gradient gives each of them the unit's mean.
     """
 
     weight: Tensor

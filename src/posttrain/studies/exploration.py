@@ -188,4 +188,7 @@ def rep_exp_inference() -> Study:
             Better("states", than="chance", metric="efficiency"),
         ),
         seeds=5,
+        notes="Tried with seed 100 at other sampling temperatures: states save -27 % at 1, -15 % at 0.7, -3 % at 0.5. "
+        "The model's samples hardly repeat themselves (57 of 64 differ on these puzzles), so what is novel is mostly "
+        "odd; the order by new characters saves 26 % to 38 %.",
     )

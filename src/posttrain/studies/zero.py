@@ -177,17 +177,17 @@ def echo_chamber() -> Study:
     have 100 steps of 16 prompts x 8 completions, at the same learning rate. 64 held-out sums, 32 samples each.
 
     Rule, fixed before the run, over four seeds: GRPO's entropy of formats falls below 0.3 nats; it stays higher with
-    the KL and with expert iteration; pass@1 rises over the model's before, and pass@32 does not rise by 2 points.
+    the KL and with expert iteration; against the model before, pass@1 is higher and pass@32 lower.
     """
     expectations: tuple[Expectation, ...] = (
         AtMost("grpo", "format_entropy", 0.3, why="one format takes nearly everything"),
         Better("grpo-kl", than="grpo", metric="format_entropy", why="a KL keeps the mixture"),
         Better("expert-iteration", than="grpo", metric="format_entropy", why="it changes the mixture more slowly"),
         Better("grpo", than="before", metric="pass@1", why="what is there is amplified"),
-        Lower("grpo", than="before", metric="pass@32", margin=-0.02, why="and nothing new is learned"),
+        Lower("grpo", than="before", metric="pass@32", why="and what is dropped is missed in many tries"),
     )
     return Study(
-        claim="RL converges to one of the formats of pre-training: pass@1 rises, pass@32 does not; a KL or expert "
+        claim="RL converges to one of the formats of pre-training: pass@1 rises, pass@32 falls; a KL or expert "
         "iteration keeps more of the mixture.",
         setting="lab model of three formats, 100 steps x 16 prompts x 8 rollouts, equal for all arms.",
         arms={
@@ -203,11 +203,11 @@ def echo_chamber() -> Study:
 
 # -- word problems: steps, and what each stage contributes -------------------------------------------------------------
 
-DEPTHS = {"id": (2, 3), "edge": (4, 5), "far": (7, 8)}
+DEPTHS = {"id": (2, 3), "edge": (4, 4), "far": (6, 7)}
 INTERPLAY = ModelSpec(
     "interplay",
     World("words", {"depth": (1, 3)}),
-    (Share(World("words", {"depth": (1, 3)})),),
+    (Share(World("words", {"depth": (1, 3)}), 0.95), Share(World("words", {"depth": DEPTHS["edge"]}), 0.05)),
     until=0.7,
     learning_rate=1.5e-3,
     steps=1600,
@@ -294,10 +294,10 @@ def _rl(method: Method, steps: int) -> Method:
 def process_grpo() -> Study:
     """Paying the steps of right answers makes the steps right, and does not cost the answers.
 
-    A model of 0.3 million parameters is pre-trained on word problems of up to three operations, whose solutions name
-    every quantity, and trained on problems of four and five (its edge). All arms are GRPO with the same KL (0.001): on
-    the outcome, on the card's process reward (0.2 and 0.8), and on the strict one. 60 steps of 16 prompts x 8
-    completions each; 48 held-out problems of the edge, 32 samples each, over four seeds.
+    A model of 0.2 million parameters is pre-trained on word problems of up to three operations, whose solutions name
+    every quantity, with 5 % of four operations (its edge), on which all arms train. They are GRPO with
+    the same KL (0.001): on the outcome, on the card's process reward (0.2 and 0.8), and on the strict one. 60 steps of
+    16 prompts x 8 completions each; 48 held-out problems of the edge, 32 samples each, over four seeds.
 
     Rule, fixed before the run: the process reward leaves a smaller share of right answers by wrong steps than the
     outcome alone, and its share of verified solutions is higher.
@@ -326,9 +326,10 @@ def process_grpo() -> Study:
 def interplay() -> Study:
     """What RL adds on, at and beyond the edge of what was pre-trained, and what mid-training adds before it.
 
-    A model of 0.3 million parameters is pre-trained on word problems of one to three operations. Slices: its own
-    (2-3), edge (4-5), far (7-8); solutions count as right only where every step is verified, and pass@32 says whether
-    an ability is there at all. Arms: RL with the process reward on the edge (60 steps of 16 x 8), the same on the
+    A model of 0.2 million parameters is pre-trained on word problems of one to three operations, with 5 % of four: so
+    small a model does not write a longer solution than it has seen. Slices: its own (2-3 operations), the edge (4), far
+    (6-7); solutions count as right only where every step is verified, and pass@32 says whether an ability is there at
+    all. Arms: RL with the process reward on the edge (60 steps of 16 x 8), the same on the
     problems of pre-training, and mid-training (next-token prediction on solutions, a fifth uniform, the rest on the
     edge) followed by half of the RL. Equal compute: a token of RL costs 8P operations (2P to draw, 6P to learn from),
     one of mid-training 6P; 30 RL steps of about 128 x 40 tokens are 100 steps of 32 documents of about 60.

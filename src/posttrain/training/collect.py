@@ -157,6 +157,7 @@ class Online:
 def summarise(groups: Sequence[Group]) -> dict[str, float]:
     """Means over the fresh rollouts: reward and its components, length, share cut off, and the share of groups that are
     undecided, whose rewards differ. Demonstrations are no rollouts, unless there is nothing else."""
+    tried = [g for g in groups if any(t.source == "policy" for t in g.trajectories)] or groups
     sampled = [t for g in groups for t in g.trajectories if t.source == "policy"]
     members = sampled or [t for g in groups for t in g.trajectories]
     if not members:
@@ -166,7 +167,7 @@ def summarise(groups: Sequence[Group]) -> dict[str, float]:
         "reward": sum(t.reward for t in members) / count,
         "length": sum(t.actions for t in members) / count,
         "truncated": sum(t.finish == "length" for t in members) / count,
-        "undecided": sum(float(g.rewards.max() - g.rewards.min()) > 1e-9 for g in groups) / len(groups),
+        "undecided": sum(float(g.rewards.max() - g.rewards.min()) > 1e-9 for g in tried) / len(tried),
     }
     for name in members[0].rewards:
         metrics[f"reward/{name}"] = sum(t.rewards.get(name, 0.0) for t in members) / count

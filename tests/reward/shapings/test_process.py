@@ -53,7 +53,7 @@ def test_strict_and_outcome_only() -> None:
 
 
 def test_what_it_reports() -> None:
-    group = scored(["a", "b", "c"], [0.0] * 3, answer=[1.0, 1.0, 0.0], process=[1.0, 0.5, 0.0])
+    group = scored(["a", "b", "c"], [0.0] * 3, answer=[1.0, 1.0, 0.0], process=[1.0, 0.5, 1.0])
     ProcessReward()([group], step := context())
     assert rewards_of(group) == pytest.approx([1.0, 0.6, 0.0])
     assert step.metrics == {"process": 0.75, "false_right": 0.5}

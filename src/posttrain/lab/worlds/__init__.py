@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from posttrain.lab.worlds.arithmetic import arithmetic, tiers
-from posttrain.lab.worlds.counter import counter
+from posttrain.lab.worlds.counting import counting
 from posttrain.lab.worlds.facts import facts
 from posttrain.lab.worlds.formats import formats
 from posttrain.lab.worlds.logic import logic
@@ -20,7 +20,20 @@ from posttrain.reward.names import unknown
 
 WORLDS: dict[str, Callable[..., WorldTask]] = {
     world.__name__: world
-    for world in (arithmetic, counter, facts, formats, logic, rewriting, styles, sums, three_tasks, tiers, turns, words)
+    for world in (
+        arithmetic,
+        counting,
+        facts,
+        formats,
+        logic,
+        rewriting,
+        styles,
+        sums,
+        three_tasks,
+        tiers,
+        turns,
+        words,
+    )
 }
 __all__ = ["WORLDS", "WorldTask", "find", "mix", *WORLDS]
 

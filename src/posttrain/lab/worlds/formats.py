@@ -84,7 +84,7 @@ def formatted(letters: str, constraints: Sequence[str]) -> str:
 
 
 def met(completion: str) -> set[str]:
-    """The constraints that a completion meets."""
+    """The constraints that a completion looks to meet, if it is well formed."""
     text = completion.strip()
     quoted = len(text) > 1 and text[0] == text[-1] == '"'
     inner = text.strip('"')
@@ -92,7 +92,7 @@ def met(completion: str) -> set[str]:
     found = {"quote"} if quoted else set()
     if inner.endswith("."):
         found.add("dot")
-    if "-" in body and all(len(piece) == 1 for piece in body.split("-")):
+    if "-" in body:
         found.add("dash")
     if body.upper() == body and any(c.isalpha() for c in body):
         found.add("up")

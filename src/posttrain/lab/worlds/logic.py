@@ -2,8 +2,8 @@
 
 boolean   T&F,F|T,!F           FTT     the value of each expression
 order     c>a,a>b              cab     from the largest to the smallest
-sums      x+y+z=17,x<y,z>4     386     three digits from 1 to 9; many are right
-colours   ab,bc,cd,ad          rgrg    a colour of r, g, b for each node, neighbours differ; many are right
+sums      x+y=12,x<8           57      digits with that sum, under a condition or two; many are right
+colours   ab,ac,cd,bc,ce,df    rgbrgb  a colour of r, g, b for each node, neighbours differ; many are right
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from posttrain.reward.verifiers import ExactMatch
 from posttrain.trajectory import PosttrainError
 
 Kind = Literal["boolean", "order", "sums", "colours"]
-_DIGITS = list(product(range(1, 10), repeat=3))
+_DIGITS = {size: list(product(range(10), repeat=size)) for size in (2, 3)}
 
 
 def logic(
     *,
     kinds: Sequence[Kind] = ("sums", "colours"),
     size: int | None = None,
-    train: int = 1200,
-    heldout: int = 200,
+    train: int = 600,
+    heldout: int = 160,
     seed: int = 0,
     name: str = "logic",
 ) -> WorldTask:
@@ -40,7 +40,7 @@ def logic(
 
     Args:
         kinds: out of boolean, order, sums, colours; the last two have many right answers.
-        size: expressions, letters or nodes of a puzzle (3, 5 and 5 by default; sums always have three digits).
+        size: expressions, letters, digits (2 or 3) or nodes of a puzzle: 3, 5, 2 and 6 by default.
 
     `meta`: domain, answers (how many are right).
     """
@@ -70,7 +70,7 @@ def _puzzles(kind: Kind, size: int | None, *, train: int, heldout: int, seed: in
         train=train,
         heldout=heldout,
         seed=seed,
-        max_tokens=(3 if kind == "sums" else many) + 2,
+        max_tokens=many + 2,
         description=f"{kind} of size {many}",
     )
 
@@ -93,13 +93,16 @@ def _order(chance: random.Random, size: int) -> tuple[str, tuple[str, ...]]:
 
 
 def _sums(chance: random.Random, size: int) -> tuple[str, tuple[str, ...]]:
-    """A total of three digits and two conditions that some digits meet."""
+    """A total of two or three digits and one or two conditions that some digits meet."""
+    if size not in _DIGITS:
+        raise PosttrainError(f"logic: sums have 2 or 3 digits; got size {size}")
     while True:
-        total = sum(chance.randint(1, 9) for _ in range(3))
-        conditions = [_condition(chance, place) for place in chance.sample(range(3), 2)]
-        found = tuple("".join(map(str, d)) for d in _DIGITS if sum(d) == total and all(c.meets(d) for c in conditions))
+        total = sum(chance.choice(_DIGITS[size]))
+        conditions = [_condition(chance, place, size) for place in chance.sample(range(size), chance.randint(1, 2))]
+        fitting = (d for d in _DIGITS[size] if sum(d) == total and all(c.meets(d) for c in conditions))
+        found = tuple("".join(map(str, digits)) for digits in fitting)
         if found:
-            return f"x+y+z={total},{','.join(map(str, conditions))}", found
+            return f"{'+'.join('xyz'[:size])}={total},{','.join(map(str, conditions))}", found
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,8 @@ class _Condition:
         return digits[self.place] < limit if self.sign == "<" else digits[self.place] > limit
 
 
-def _condition(chance: random.Random, place: int) -> _Condition:
-    other = chance.choice([p for p in range(3) if p != place]) if chance.random() < 0.5 else None
+def _condition(chance: random.Random, place: int, size: int) -> _Condition:
+    other = chance.choice([p for p in range(size) if p != place]) if chance.random() < 0.5 else None
     return _Condition(place, chance.choice("<>"), other, chance.randint(2, 8))
 
 
@@ -134,15 +137,13 @@ def _colours(chance: random.Random, size: int) -> tuple[str, tuple[str, ...]]:
             edges.add((a, b))
         found = tuple("".join(c) for c in product("rgb", repeat=size) if all(c[a] != c[b] for a, b in edges))
         if found:
-            listed = ["".join(chance.sample(("abcdefgh"[a], "abcdefgh"[b]), 2)) for a, b in sorted(edges)]
-            chance.shuffle(listed)
-            return ",".join(listed), found
+            return ",".join(f"{'abcdefgh'[a]}{'abcdefgh'[b]}" for a, b in sorted(edges, key=lambda e: e[::-1])), found
 
 
 Maker = Callable[[random.Random, int], tuple[str, tuple[str, ...]]]
 _MAKERS: dict[Kind, tuple[Maker, int]] = {
     "boolean": (_boolean, 3),
     "order": (_order, 5),
-    "sums": (_sums, 3),
-    "colours": (_colours, 5),
+    "sums": (_sums, 2),
+    "colours": (_colours, 6),
 }

@@ -21,13 +21,15 @@ from posttrain.lab.worlds.world import WorldTask, world_task
 from posttrain.reward.reward import Reward
 from posttrain.trajectory import Finish, PosttrainError, Prompt
 
+ELSEWHERE = 0.3  # of a corpus' scratches, the share that stands before any token of the solution
+
 
 def sums(
     *,
     terms: Range = (5, 6),
     copied: bool = False,
     modulus: int = 5,
-    scratch: float = 0.5,
+    scratch: float = 0.7,
     budget: bool = False,
     train: int = 2000,
     heldout: int = 200,
@@ -64,7 +66,7 @@ def sums(
             pairs = working([int(c) for c in str(item.prompt)], modulus)
             thought = "".join(pairs[: chance.randint(0, len(pairs))])
             place = len(item.solution) - 1
-            if chance.random() < 0.5:
+            if chance.random() < ELSEWHERE:
                 place = chance.randrange(len(item.solution))
             mark = f"{chance.randint(1, 2 * len(pairs) + 4):02d}" if budget else ""
             item.solution = f"{item.solution[:place]}{mark}[{thought}]{item.solution[place:]}"
