@@ -77,8 +77,8 @@ def hpt() -> Study:
 
     HPT with gate 0 looks at the 8 completions of a prompt: where none is right, its demonstration is imitated instead,
     otherwise the completions are learned from. SFT, GRPO, SFT then GRPO (half the steps each) and LUFFY (7 completions
-    and the demonstration in one group) are run on the same prompts with as many updates. The weight of imitation is 0.3, the
-    paper's for its smallest model; 1 was worse on seed 100.
+    and the demonstration in one group) are run on the same prompts with as many updates. The weight of imitation is
+    0.3, the paper's for its smallest model; 1 was worse on seed 100.
 
     Rule, fixed before the run: HPT's held-out accuracy is above each of theirs; its pass@8 on the sums that the model
     could do before is not below GRPO's by more than 2 points; the share of prompts with a demonstration falls.
@@ -225,8 +225,8 @@ def chord() -> Study:
 
     The lab model `foreign-style` writes sums tersely (`103`, right in about 30 %) and has seen a little of the spaced
     style that the demonstrations are in (`ans: 1 0 3`); the verifier takes both. A step tries 16 prompts 8 times and
-    shows 32 others, a share of 0.2 of its sequences, for CHORD-μ (0.9 to 0.05 over the run), CHORD-φ (μ = 0.1) and a constant μ = 0.5. GRPO tries the 16
-    alone, SFT is shown the 32 alone, SFT then GRPO do each for half of the steps.
+    shows 32 others, a share of 0.2 of its sequences, for CHORD-μ (0.9 to 0.05 over the run), CHORD-φ (μ = 0.1) and a
+    constant μ = 0.5. GRPO tries the 16 alone, SFT is shown the 32 alone, SFT then GRPO do each for half of the steps.
 
     Rule, fixed before the run: CHORD-μ's held-out accuracy is above that of GRPO, of SFT and of both in a row. With
     CHORD-φ the accuracy dips less on its way than with the constant μ, and more completions stay in the model's style.
@@ -247,8 +247,8 @@ def chord() -> Study:
     )
     return Study(
         claim="CHORD beats GRPO, SFT and SFT followed by GRPO; its token weights keep the model's own way of writing.",
-        setting="lab model foreign-style (terse sums; the expert's are spaced), 100 steps x 16 prompts x 8 completions, "
-        "with 32 demonstrations of others beside them where a method imitates, 3 seeds.",
+        setting="lab model foreign-style (terse sums; the expert's are spaced), 100 steps x 16 prompts x 8 "
+        "completions, with 32 demonstrations of others beside them where a method imitates, 3 seeds.",
         arms=arms,
         expectations=rules,
     )
