@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from posttrain import methods
 from posttrain.data.domains import ByDomain
@@ -20,7 +22,7 @@ from posttrain.trajectory import Finish, Prompt
 
 # -- distributions ---------------------------------------------------------------------------------------------------
 
-LEVELS = {
+LEVELS: dict[str, dict[str, Any]] = {
     "2 plain": {"digits": ((2, 2), (2, 2)), "carries": (0, 0)},
     "2 carries": {"digits": ((2, 2), (2, 2)), "carries": (1, 2)},
     "3 plain": {"digits": ((3, 3), (3, 3)), "carries": (0, 0)},
@@ -42,9 +44,9 @@ def with_a_coin() -> Task:
     """The same with a seventh part: four-digit sums whose reward is a coin, thrown anew for every other completion."""
     from posttrain.lab.worlds import arithmetic, mix
 
-    sizes = {"train": 250, "heldout": 50}
-    parts = {name: arithmetic(**{**level, **sizes, "name": name}) for name, level in LEVELS.items()}  # type: ignore[arg-type]
-    noise = arithmetic(digits=((4, 4), (3, 3)), name=COIN, **sizes)  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"train": 250, "heldout": 50}
+    parts = {name: arithmetic(**{**level, **sizes, "name": name}) for name, level in LEVELS.items()}
+    noise = arithmetic(digits=((4, 4), (3, 3)), name=COIN, **sizes)
     reward = type(noise.reward)({"answer": (coin, 1.0), "process": noise.reward.components["process"]})
     return mix({**parts, COIN: replace(noise, reward=reward)}, name="levels and a coin")
 
@@ -61,13 +63,13 @@ def where_rows_came_from(policy: CausalPolicy, task: Task, result: Trained) -> d
     return {name: sum(row[name] for row in rows) / len(rows) for name in ("undecided", *names)}
 
 
-def _on_levels(method: Method | Pipeline, task: object = six_levels) -> Arm:
+def _on_levels(method: Method | Pipeline, task: Callable[[], Task] = six_levels) -> Arm:
     return trained(
         method,
         task=task,
         prompts=300,
         extra=where_rows_came_from,
-        depends=(task, coin),  # type: ignore[arg-type]
+        depends=(task, coin),
     )
 
 
