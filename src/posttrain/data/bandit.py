@@ -70,6 +70,8 @@ class UpperConfidence(ByDomain):
 
     def admit(self, groups: Sequence[Group]) -> list[Group]:
         """All of them; their advantages are remembered."""
+        if not groups:
+            return []
         # rollouts alone: a demonstration beside them says nothing about what the policy has left to learn
         sampled = [[t.reward for t in g.trajectories if t.source == "policy"] for g in groups]
         rewards = torch.tensor([r for own in sampled for r in own], dtype=torch.float32)

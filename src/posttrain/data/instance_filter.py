@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from posttrain.data.sampler import Shuffled
-from posttrain.trajectory import Group, PosttrainError, Prompt
+from posttrain.trajectory import Group, PosttrainError, Prompt, Trajectory
 
 Draw = Callable[[Sequence[Prompt], int], list[Group]]  # scored completions, so many a prompt
 AT_A_TIME = 64  # prompts tried together: of their completions only the counts are kept
@@ -70,7 +70,7 @@ class Competent(Shuffled):
         if state["counts"] is not None:
             self._keep(state["counts"])
 
-    def _score(self, trajectory: Any) -> float:
+    def _score(self, trajectory: Trajectory) -> float:
         if self.component is None:
             return float(trajectory.reward)
         if self.component not in trajectory.rewards:

@@ -17,7 +17,7 @@ from posttrain.data.templates import render_prompt
 from posttrain.models.causal import CausalPolicy
 from posttrain.rollout.context import StepContext
 from posttrain.rollout.engine_choice import engine_for
-from posttrain.trajectory import Prompt, Sampling
+from posttrain.trajectory import Prompt, Sampling, Trajectory
 
 
 class Evolver(Protocol):
@@ -98,7 +98,7 @@ class InstructionEvolver:
         written = context.sample(asked, 1, sampling=self.sampling, engine=engine)
         return [self._read(p, group.trajectories[0], policy) for p, group in zip(prompts, written, strict=True)]
 
-    def _read(self, prompt: Prompt, completion: Any, policy: CausalPolicy) -> Prompt | None:
+    def _read(self, prompt: Prompt, completion: Trajectory, policy: CausalPolicy) -> Prompt | None:
         text = completion.text.strip()
         fine = completion.finish == "stop" and 0 < len(text) <= self.longest and text != prompt.question.strip()
         return in_place_of(prompt, Variation(text), policy) if fine and not REFUSAL.search(text) else None

@@ -30,8 +30,10 @@ OPEN, CLOSE = "[", "]"
 THOUGHT = 14  # tokens that a thought may take
 SUMS = World("sums")
 COPIED = World("sums", {"copied": True, "budget": True})
-PLAIN_SUMS = ModelSpec("sums", SUMS, (Share(SUMS),), hidden=64, layers=2, rows=30_000, steps=500, learning_rate=3e-3)
-COPIED_SUMS = replace(PLAIN_SUMS, name="copied-sums", task=COPIED, corpus=(Share(COPIED),), steps=700)
+PLAIN_SUMS = ModelSpec(
+    "sums", SUMS, (Share(SUMS),), hidden=64, layers=2, rows=40_000, steps=1000, learning_rate=3e-3, schedule="cosine"
+)
+COPIED_SUMS = replace(PLAIN_SUMS, name="copied-sums", task=COPIED, corpus=(Share(COPIED),), steps=1200)
 BUDGET = 10  # of the last step: a whole scratch for six digits
 
 
