@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import demonstrations, letters, online, prompts
 
 from posttrain import methods
 from posttrain.data.sampler import Shuffled, Undecided
@@ -15,6 +14,7 @@ from posttrain.reward.reward import reward_from
 from posttrain.training.collect import MAX_ROUNDS, Offline, Online, summarise
 from posttrain.training.settings import Settings
 from posttrain.trajectory import Completion, Group, PosttrainError, Prompt, Sampling, Trajectory
+from tiny_training import demonstrations, letters, online, prompts
 
 
 class Scripted:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import letters, make_policy, online
 
 from posttrain import methods
 from posttrain.objective.advantage import Fixed
@@ -15,6 +14,7 @@ from posttrain.objective.batch import Batch
 from posttrain.objective.mask import Kept
 from posttrain.training.method import Method
 from posttrain.training.normaliser import ClippingBias
+from tiny_training import letters, make_policy, online
 
 
 def weights(trainer) -> dict[str, torch.Tensor]:
