@@ -1,0 +1,63 @@
+"""A grid says which values exist: fitted to a group of columns, it gives every weight its nearest code."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from posttrain.compress.packed.weight import PackedWeight
+from posttrain.trajectory import PosttrainError
+
+
+class Levels(ABC):
+    """The values that the rows of one group of columns may take, with scales already rounded to how they are stored."""
+
+    @abstractmethod
+    def nearest(self, weight: Tensor) -> Tensor:
+        """`[rows, n]` fp32 -> `[rows, n]` int64 codes of the nearest values; n may be one column of the group."""
+
+    @abstractmethod
+    def values(self, codes: Tensor) -> Tensor:
+        """`[rows, n]` codes -> `[rows, n]` fp32 values."""
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """`[rows, n]` -> the nearest values."""
+        return self.values(self.nearest(weight))
+
+
+@dataclass(frozen=True)
+class Grid(ABC):
+    """Scalar values for single weights.
+
+    bits: of a code. group: columns of a row that share levels; 0 for the whole row.
+    """
+
+    bits: int = 4
+    group: int = 128
+
+    @abstractmethod
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Levels:
+        """Levels for `[rows, n]` weights of one group. importance: `[n]` or `[rows, n]`, where errors weigh unequally."""
+
+    @abstractmethod
+    def pack(self, codes: Tensor, levels: Sequence[Levels], group_of: Tensor | None = None) -> PackedWeight:
+        """`[rows, columns]` codes, and levels group by group, as they are stored.
+
+        group_of: `[columns]` the group of each column where groups are not runs of `group` columns (activation order).
+        """
+
+    def width(self, columns: int, name: str = "a layer") -> int:
+        """Columns of a group in a matrix of `columns`; PosttrainError where groups do not divide it."""
+        if self.group == 0 or self.group >= columns:
+            return columns
+        if columns % self.group:
+            fits = [g for g in (32, 48, 64, 96, 128, 192, 256) if columns % g == 0]
+            hint = f"; that divide it: {', '.join(map(str, fits))}" if fits else ""
+            raise PosttrainError(
+                f"group {self.group} does not divide the {columns} input columns of {name}; expected a divisor, or 0 "
+                f"for one group a row{hint}"
+            )
+        return self.group

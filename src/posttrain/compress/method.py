@@ -1,0 +1,43 @@
+"""A compression method: a choice of parts, as the training methods are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from posttrain.compress.allocate import Allocation
+from posttrain.compress.activations.quantizer import Activations
+from posttrain.compress.solvers.solver import Solver
+from posttrain.compress.transforms.transform import Transform
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """How much text a method is calibrated on: `samples` windows of `length` tokens."""
+
+    samples: int = 64
+    length: int = 512
+
+
+@dataclass(frozen=True)
+class Compression:
+    """transform* -> bit allocation -> solver(grid) -> packing.
+
+    transforms: function-preserving changes before. allocation: which layer gets how many bits (None: the grid's).
+    solver: picks the codes, on its grid. activations: how the inputs of packed layers are quantized (None: not at all).
+    calibration: how much text by default. skip: patterns of layers that stay as they are.
+    arguments: what the method function was called with (for reports).
+    """
+
+    name: str
+    solver: Solver
+    transforms: tuple[Transform, ...] = ()
+    allocation: Allocation | None = None
+    activations: Activations | None = None
+    calibration: Calibrated = field(default_factory=Calibrated)
+    skip: tuple[str, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def replace(self, **parts: Any) -> Compression:
+        """The method with other parts."""
+        return replace(self, **parts)

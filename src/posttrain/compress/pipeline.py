@@ -1,0 +1,128 @@
+"""The pipeline: transform* -> bit allocation -> solver(grid) -> packing, over the blocks of any transformers model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from posttrain.compress.method import Compression
+from posttrain.compress.packed.linear import PackedLinear
+from posttrain.compress.stacks import check_patterns, linears, stacks, whole_names
+from posttrain.compress.walk import Batch, Block, Walk
+from posttrain.trajectory import PosttrainError
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class LayerSummary:
+    """One packed layer. error: relative Frobenius error of the weights it took the place of (as transformed)."""
+
+    name: str
+    bits: float
+    error: float
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a compression did. seconds: of the whole; layers: in the order in which they were packed."""
+
+    method: str
+    seconds: float = 0.0
+    layers: list[LayerSummary] = field(default_factory=list)
+    bits: float = 0.0
+    packed_bytes: int = 0
+
+
+def compress_model(
+    model: nn.Module,
+    method: Compression,
+    batches: Sequence[Batch],
+    *,
+    skip: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress = lambda done, total: None,
+) -> Summary:
+    """Compress a model in place: its blocks' linear layers become `PackedLinear`.
+
+    batches: calibration, the keyword arguments of a forward pass each (`{"input_ids": ...}`, `{"pixel_values": ...}`).
+    skip: patterns of layers to leave as they are, beside the method's. progress: of blocks.
+    The vocabulary projection, embeddings and norms stay as they are: they stand in no block.
+    """
+    begun = time.perf_counter()
+    check_patterns(model, skip)
+    patterns = (*method.skip, *skip)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            summary = _compress(model, method, batches, patterns, seed, progress)
+    finally:
+        model.train(was_training)
+    summary.seconds = time.perf_counter() - begun
+    return summary
+
+
+def _compress(
+    model: nn.Module, method: Compression, batches: Sequence[Batch], skip: Sequence[str], seed: int, progress: Progress
+) -> Summary:
+    for transform in method.transforms:
+        transform.apply_to_model(model)
+    found = stacks(model)
+    if not any(linears(block, name, skip) for stack in found for name, block in whole_names(stack)):
+        raise PosttrainError(f"{method.name}: every linear layer is skipped; nothing is left to compress")
+    bits = method.allocation.bits(model, found, batches, skip) if method.allocation is not None else {}
+    summary, total, count = Summary(method.name), sum(len(s.blocks) for s in found), 0
+
+    def done(block: Block) -> None:
+        nonlocal count
+        count += 1
+        progress(count, total)
+
+    for stack in found:
+        walk = Walk(model, stack, batches, keeps_float=method.solver.keeps_float, skip=skip, bits=bits, seed=seed)
+        originals: dict[str, torch.Tensor] = {}
+
+        def prepare(block: Block, originals: dict[str, torch.Tensor] = originals) -> None:
+            for transform in method.transforms:
+                transform.apply_to_block(block)
+                block.refresh()
+            _fit_activations(block, method)
+            originals |= {f"{block.name}.{n}": layer.weight for n, layer in block.linears.items()}
+
+        def finished(block: Block, originals: dict[str, torch.Tensor] = originals) -> None:
+            for name in block.linears:
+                whole = f"{block.name}.{name}"
+                summary.layers.append(_summary(whole, block.module.get_submodule(name), originals.pop(whole)))
+            done(block)
+
+        method.solver.solve_model(walk, prepare, finished)
+    packed = [m.weight for m in model.modules() if isinstance(m, PackedLinear)]
+    weights = sum(p.shape[0] * p.shape[1] for p in packed)
+    summary.bits = sum(p.counted_bits for p in packed) / weights
+    summary.packed_bytes = sum(p.stored_bytes for p in packed)
+    return summary
+
+
+def _fit_activations(block: Block, method: Compression) -> None:
+    """The steps that will round the inputs of each layer once it is packed."""
+    if method.activations is None:
+        return
+    names = list(block.linears)
+    moments = block.moments(names, gram=False, keep=512) if method.activations.uses_data else {}
+    for name in names:
+        layer = block.linears[name]
+        block.quantizers[name] = method.activations.fit(moments.get(name), layer.in_features, f"{block.name}.{name}")
+
+
+def _summary(name: str, module: nn.Module, before: torch.Tensor) -> LayerSummary:
+    if not isinstance(module, PackedLinear):
+        raise PosttrainError(f"{name} was left unpacked by the solver")
+    before = before.detach().float()
+    error = float((module.weight.dequantize() - before).norm() / before.norm().clamp(min=1e-12))
+    return LayerSummary(name, module.weight.bits_per_weight, error)

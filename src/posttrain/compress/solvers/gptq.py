@@ -1,0 +1,126 @@
+"""GPTQ: columns one after the other, each column's rounding error carried to the columns that are still to come."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from posttrain.compress.grids.grid import Grid, Levels
+from posttrain.compress.grids.uniform import Uniform
+from posttrain.compress.moments import InputMoments
+from posttrain.compress.packed.weight import PackedWeight
+from posttrain.compress.solvers.rtn import with_bits
+from posttrain.compress.solvers.solver import LayerSolver
+from posttrain.trajectory import PosttrainError
+
+
+@dataclass(frozen=True)
+class GPTQ(LayerSolver):
+    r"""Error feedback through the inverse Hessian of the layer's squared output error.
+
+    With `H = 2/n X^T X + λ mean(diag) I` and U the upper Cholesky factor of its inverse, column i is rounded to q_i, and
+    `(w_i - q_i)/U_ii · U_i,j` is taken off every later column j.
+
+    grid: the levels; fitted at the start of each group to the weights as corrected by then. damping: λ.
+    block: columns between updates of all the rest (speed only). act_order: columns by falling diagonal of H; the groups'
+        levels are then fitted to the original weights first (static groups), so that the layout stays contiguous.
+
+    Reference: GPTQ, 2022, arXiv 2210.17323 (card 000, section 2).
+    """
+
+    grid: Grid = field(default_factory=Uniform)
+    damping: float = 0.01
+    block: int = 128
+    act_order: bool = False
+
+    def solve(self, weight: Tensor, moments: InputMoments | None, bits: float | None, name: str) -> PackedWeight:
+        assert moments is not None
+        grid = with_bits(self.grid, bits)
+        weight, hessian = prepared(weight, moments, name)
+        columns = weight.shape[1]
+        width = grid.width(columns, name)
+        order = torch.argsort(hessian.diag(), descending=True, stable=True) if self.act_order else None
+        levels: list[Levels] = []
+        if order is not None:
+            levels = [grid.fit(group) for group in weight.split(width, 1)]
+            weight, hessian = weight[:, order], hessian[order][:, order]
+        factor = inverse_factor(hessian, self.damping, name)
+        codes = torch.zeros(weight.shape, dtype=torch.int64)
+
+        def round_column(column: int, now: Tensor, whole: Tensor) -> Tensor:
+            place = int(order[column]) if order is not None else column
+            if order is None and column % width == 0:
+                levels.append(grid.fit(whole[:, column : column + width]))
+            level = levels[place // width]
+            codes[:, place] = level.nearest(now)[:, 0]
+            return level.values(codes[:, place : place + 1])
+
+        feed_back(weight, factor, round_column, self.block, width if order is None and width < columns else 0)
+        return grid.pack(codes, levels)
+
+
+def feed_back(
+    weight: Tensor,
+    factor: Tensor,
+    round_column: Callable[[int, Tensor, Tensor], Tensor],
+    block: int = 128,
+    group: int = 0,
+) -> Tensor:
+    """GPTQ's loop: the quantized weight, `[out, in]` fp32.
+
+    factor: U. round_column: of a column's number, its corrected weights `[out, 1]` and all weights corrected so far (the
+    columns of its group are up to date); returns the column's values. group: columns that are fitted together: blocks
+    end where groups do, so that a group's levels never see stale weights.
+    """
+    work, found = weight.clone(), torch.empty_like(weight)
+    columns = work.shape[1]
+    step = min(block, group) if group else block
+    if group and group % step:
+        step = group
+    for start in range(0, columns, step):
+        end = min(start + step, columns)
+        errors = torch.empty(work.shape[0], end - start)
+        for i in range(start, end):
+            now = work[:, i : i + 1]
+            found[:, i : i + 1] = round_column(i, now, work)
+            error = (now - found[:, i : i + 1]) / factor[i, i]
+            work[:, i + 1 : end].addmm_(error, factor[i : i + 1, i + 1 : end], alpha=-1.0)
+            errors[:, i - start : i - start + 1] = error
+        work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1.0)
+    return found
+
+
+def prepared(weight: Tensor, moments: InputMoments, name: str) -> tuple[Tensor, Tensor]:
+    """Weight and Hessian with dead columns (inputs that were always 0) set to 0 and 1."""
+    if moments.count == 0:
+        raise PosttrainError(f"{name} met no calibration token; give more text, or skip the layer")
+    weight, hessian = weight.clone(), moments.hessian.clone()
+    dead = hessian.diag() == 0
+    hessian[dead, dead] = 1.0
+    weight[:, dead] = 0.0
+    return weight, hessian
+
+
+def inverse_factor(hessian: Tensor, damping: float, name: str) -> Tensor:
+    """The upper Cholesky factor U of the damped Hessian's inverse, U^T U = (H + λ mean(diag H) I)^-1, fp32.
+
+    Where fp32 cannot factor it, fp64 does; where that cannot either, the damping grows tenfold until it can, and a
+    warning says so.
+    """
+    mean = float(hessian.diag().mean())
+    more = [(torch.float64, max(damping, 1e-4) * 10.0**k) for k in (1, 2, 3)]
+    for dtype, extra in ((torch.float32, damping), (torch.float64, damping), *more):
+        if extra != damping:
+            warnings.warn(f"{name}: the Hessian of its inputs needs a damping of {extra:g}", stacklevel=2)
+        damped = hessian.to(dtype) + extra * mean * torch.eye(len(hessian), dtype=dtype)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and torch.isfinite(upper).all():
+            return upper.float()
+    raise PosttrainError(f"{name}: the Hessian of its inputs cannot be factored; give more calibration text")

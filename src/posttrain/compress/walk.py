@@ -1,0 +1,256 @@
+"""Walking a model block by block in bounded memory: one block's inputs at a time, never the whole model's.
+
+The inputs of a block are the outputs of the one before it: as it is now, compressed (`inputs`), and where a solver asks
+for them also as it was (`float_inputs`), so that errors can be corrected or not be carried along, as a method wants.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.compress.moments import InputMoments
+from posttrain.compress.packed.inputs import InputStep, chain
+from posttrain.compress.packed.linear import PackedLinear, TransformedLinear
+from posttrain.compress.packed.weight import PackedWeight
+from posttrain.compress.stacks import Stack, linears, replace_module, whole_names
+from posttrain.trajectory import PosttrainError
+
+Batch = dict[str, Any]  # the keyword arguments of one forward pass of the model
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a block: its hidden states `[rows, tokens, width]` and whatever else it is given (masks, positions)."""
+
+    hidden: Tensor
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, hidden: Tensor) -> Call:
+        """The same call with other hidden states."""
+        return Call(hidden, self.arguments, self.keywords)
+
+
+class Block:
+    """One block on the walk.
+
+    name: in the model. module: itself; layers that are done are `PackedLinear`. before: a copy as it was, where asked.
+    inputs: its calls with the hidden states that the compressed prefix gives; float_inputs: those of the float model.
+    linears: the layers to compress, by name in the block, in the order in which they run.
+    stages: their names, those that share an input together, in the order in which they run.
+    bits: by a layer's name in the block, where an allocation says other than the grid.
+    quantizers: by a layer's name, the step that rounds its inputs once it is packed.
+    """
+
+    def __init__(
+        self, index: int, name: str, module: nn.Module, inputs: list[Call], float_inputs: list[Call] | None,
+        skip: Sequence[str], bits: dict[str, float], seed: int,
+    ) -> None:  # fmt: skip
+        self.index, self.name, self.module, self.seed = index, name, module, seed
+        self.inputs, self.float_inputs, self.bits = inputs, float_inputs, bits
+        self.before = copy.deepcopy(module) if float_inputs is not None else None
+        self.quantizers: dict[str, InputStep] = {}
+        self._skip = skip
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look at the linear layers anew, after a transform changed the block."""
+        found = linears(self.module, self.name, self._skip)
+        self.stages = _stages(self.module, found, self.inputs[0])
+        self.linears = {name: found[name] for stage in self.stages for name in stage}
+
+    @torch.no_grad()
+    def outputs(self, calls: Sequence[Call] | None = None, module: nn.Module | None = None) -> list[Tensor]:
+        """The block's output hidden states, call by call (its present inputs unless others are given)."""
+        return [run(module or self.module, call) for call in (self.inputs if calls is None else calls)]
+
+    def targets(self) -> list[Tensor]:
+        """What the float block gives on the float inputs."""
+        if self.before is None or self.float_inputs is None:
+            raise ValueError("the walk does not keep the float model; the solver must say keeps_float")
+        return self.outputs(self.float_inputs, self.before)
+
+    @torch.no_grad()
+    def moments(
+        self,
+        names: Sequence[str],
+        *,
+        gram: bool = True,
+        keep: int = 0,
+        calls: Sequence[Call] | None = None,
+        weights: Callable[[int], Tensor] | None = None,
+    ) -> dict[str, InputMoments]:
+        """Statistics of the inputs of some of its linear layers, as the weights meet them. Layers that share an input
+        share one object.
+
+        keep: how many token vectors are kept. weights: of the tokens of call i, flat, where they do not count alike.
+        """
+        stages = [part for stage in self.stages for part in self._alike([n for n in stage if n in names])]
+        heads = {stage[0]: stage for stage in stages if stage}
+        made = {n: InputMoments(self.linears[n].in_features, gram=gram, keep=keep, seed=self.seed) for n in heads}
+        current = 0
+
+        def watch(name: str) -> Callable[..., None]:
+            def seen(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+                met = module.inputs(given[0]) if isinstance(module, TransformedLinear) else given[0]
+                made[name].add(met, weights(current) if weights is not None else None)
+
+            return seen
+
+        hooks = [self.module.get_submodule(n).register_forward_pre_hook(watch(n)) for n in heads]
+        try:
+            for current, call in enumerate(self.inputs if calls is None else calls):  # noqa: B007
+                run(self.module, call)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: made[head] for head, stage in heads.items() for name in stage}
+
+    def _alike(self, names: list[str]) -> list[list[str]]:
+        """Layers of a stage whose weights meet the same inputs: one with steps of its own before it stands alone."""
+        own = [[n] for n in names if isinstance(self.linears[n], TransformedLinear)]
+        return [*own, [n for n in names if [n] not in own]]
+
+    def install(self, name: str, weight: PackedWeight) -> PackedLinear:
+        """Put a packed layer in the place of a linear one, behind the steps that its inputs go through."""
+        linear = self.linears[name]
+        steps = list(linear.inputs) if isinstance(linear, TransformedLinear) else []
+        made = PackedLinear(weight, linear.bias, chain([*steps, self.quantizers.get(name)]))
+        replace_module(self.module, name, made)
+        return made
+
+
+def run(module: nn.Module, call: Call) -> Tensor:
+    """A block's output hidden states."""
+    out = module(call.hidden, *call.arguments, **call.keywords)
+    return out[0] if isinstance(out, tuple) else out
+
+
+class Walk:
+    """The blocks of a stack, in order, each with its inputs.
+
+    batches: calibration, the keyword arguments of a forward pass of the model each. keeps_float: also carry the float
+    model's hidden states along. bits: of layers by their whole name in the model, where they differ from the grid's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stack: Stack,
+        batches: Sequence[Batch],
+        *,
+        keeps_float: bool = False,
+        skip: Sequence[str] = (),
+        bits: dict[str, float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not batches:
+            raise PosttrainError("calibration is empty; expected at least one sequence of text")
+        self.model, self.stack, self.skip, self.bits, self.seed = model, stack, skip, bits or {}, seed
+        self.keeps_float = keeps_float
+        self._calls = captured(model, stack, batches)  # [block][batch]: hidden states of the first block alone
+
+    def __len__(self) -> int:
+        return len(self.stack.blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        hidden = [call.hidden for call in self._calls[0]]
+        plain = list(hidden) if self.keeps_float else None
+        for index, (name, module) in enumerate(whole_names(self.stack)):
+            calls = self._calls[index]
+            inputs = [call.of(h) for call, h in zip(calls, hidden, strict=True)]
+            before = None if plain is None else [call.of(h) for call, h in zip(calls, plain, strict=True)]
+            bits = {n.removeprefix(f"{name}."): b for n, b in self.bits.items() if n.startswith(f"{name}.")}
+            block = Block(index, name, module, inputs, before, self.skip, bits, self.seed)
+            yield block
+            hidden = block.outputs()
+            if plain is not None:
+                plain = block.targets()
+            self._calls[index] = []  # its masks and inputs are no longer needed
+
+
+class _Seen(Exception):
+    """Ends a forward pass once the last block was called."""
+
+
+@torch.no_grad()
+def captured(model: nn.Module, stack: Stack, batches: Sequence[Batch]) -> list[list[Call]]:
+    """`[block][batch]` the calls of every block, with the hidden states of the first and empty ones for the others."""
+    calls: list[list[Call]] = [[] for _ in stack.blocks]
+
+    def watch(index: int) -> Callable[..., None]:
+        def seen(module: nn.Module, given: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            keywords = {
+                k: v for k, v in keywords.items() if k not in ("past_key_values", "past_key_value", "use_cache")
+            }
+            first, *rest = given or (keywords.pop("hidden_states"),)
+            calls[index].append(Call(first if index == 0 else first[:0], tuple(rest), keywords))
+            if index == len(calls) - 1:
+                raise _Seen
+
+        return seen
+
+    hooks = [b.register_forward_pre_hook(watch(i), with_kwargs=True) for i, b in enumerate(stack.blocks)]
+    try:
+        with _deterministic(model):
+            for batch in batches:
+                try:
+                    model(**batch)
+                except _Seen:
+                    continue
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if any(len(found) != len(batches) for found in calls):
+        raise PosttrainError(f"not every block of {stack.name} was called once a batch; its blocks cannot be walked")
+    return calls
+
+
+@contextmanager
+def _deterministic(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _stages(block: nn.Module, layers: dict[str, nn.Linear], call: Call) -> list[list[str]]:
+    """Names of linear layers, those that share an input tensor together, in the order in which they run.
+
+    A layer that the call does not reach (an expert that no token was sent to) is a stage of its own at the end.
+    """
+    inputs: dict[int, list[str]] = {}
+    alive: list[Tensor] = []  # so that no two inputs get the same id
+
+    def watch(name: str) -> Callable[..., None]:
+        def seen(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            if not any(name in names for names in inputs.values()):
+                alive.append(given[0])
+                inputs.setdefault(id(given[0]), []).append(name)
+
+        return seen
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            run(block, call.of(call.hidden[:1]) if _rows_apart(call) else call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    stages = list(inputs.values())
+    reached = {name for stage in stages for name in stage}
+    return stages + [[name] for name in layers if name not in reached]
+
+
+def _rows_apart(call: Call) -> bool:
+    """Whether one row of the call can be run alone: nothing else that it is given has rows."""
+    return not any(isinstance(v, Tensor | tuple) for v in (*call.arguments, *call.keywords.values()))
