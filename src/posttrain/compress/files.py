@@ -83,7 +83,8 @@ def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     quantization = described.pop("quantization_config")
     if quantization.get("version") != VERSION:
         raise PosttrainError(
-            f"{folder} was written in version {quantization.get('version')} of the format; this posttrain reads {VERSION}"
+            f"{folder} was written in version {quantization.get('version')} of the format; this posttrain reads "
+            f"version {VERSION}"
         )
     config = AutoConfig.for_model(**described)
     with init_empty_weights(include_buffers=False):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from posttrain.compress.allocate import Allocation
 from posttrain.compress.activations.quantizer import Activations
+from posttrain.compress.allocate import Allocation
 from posttrain.compress.solvers.solver import Solver
 from posttrain.compress.transforms.transform import Transform
 

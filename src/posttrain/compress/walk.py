@@ -27,7 +27,7 @@ Batch = dict[str, Any]  # the keyword arguments of one forward pass of the model
 
 @dataclass(slots=True)
 class Call:
-    """One call of a block: its hidden states `[rows, tokens, width]` and whatever else it is given (masks, positions)."""
+    """One call of a block: its hidden states `[rows, tokens, width]`, and what else it is given (masks, positions)."""
 
     hidden: Tensor
     arguments: tuple[Any, ...] = ()
@@ -121,7 +121,7 @@ class Block:
     def install(self, name: str, weight: PackedWeight) -> PackedLinear:
         """Put a packed layer in the place of a linear one, behind the steps that its inputs go through."""
         linear = self.linears[name]
-        steps = list(linear.inputs) if isinstance(linear, TransformedLinear) else []
+        steps: list[Any] = list(linear.inputs) if isinstance(linear, TransformedLinear) else []
         made = PackedLinear(weight, linear.bias, chain([*steps, self.quantizers.get(name)]))
         replace_module(self.module, name, made)
         return made

@@ -1,4 +1,4 @@
-"""How the inputs of packed layers are quantized: fitted to each layer's statistics, a module that rounds what it gets."""
+"""How the inputs of packed layers are quantized: fitted to a layer's statistics, a step that rounds what it gets."""
 
 from __future__ import annotations
 

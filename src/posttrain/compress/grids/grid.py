@@ -40,7 +40,10 @@ class Grid(ABC):
 
     @abstractmethod
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Levels:
-        """Levels for `[rows, n]` weights of one group. importance: `[n]` or `[rows, n]`, where errors weigh unequally."""
+        """Levels for `[rows, n]` weights of one group.
+
+        importance: `[n]` or `[rows, n]`, where errors weigh unequally.
+        """
 
     @abstractmethod
     def pack(self, codes: Tensor, levels: Sequence[Levels], group_of: Tensor | None = None) -> PackedWeight:

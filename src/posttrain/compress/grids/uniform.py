@@ -20,7 +20,7 @@ SMALLEST = 6e-8  # the smallest scale that half precision holds
 
 @dataclass(frozen=True)
 class UniformLevels(Levels):
-    """scale: `[rows, 1]`. zero: `[rows, 1]`: of integer zeros the code of the value 0, of float ones the smallest value.
+    """scale, zero: `[rows, 1]`; an integer zero is the code of the value 0, a float one the smallest value.
 
     Values are scale * (code - zero), or scale * code + zero where the zero is a float.
     """

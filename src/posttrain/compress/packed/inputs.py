@@ -1,4 +1,4 @@
-"""What is done to the inputs of a packed layer before they are multiplied: a chain of steps that a file can describe."""
+"""What is done to the inputs of a packed layer before they are multiplied: a chain of steps."""
 
 from __future__ import annotations
 

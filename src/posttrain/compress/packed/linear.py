@@ -18,6 +18,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight = weight
         self.out_features, self.in_features = weight.shape
+        self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.inputs = inputs
 

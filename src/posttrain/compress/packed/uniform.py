@@ -14,7 +14,7 @@ from posttrain.compress.packed.weight import PackedWeight
 class UniformWeight(PackedWeight):
     """`w = scale * (code - zero)`, or `scale * code + zero` with a float zero.
 
-    codes: `[out, ceil(in * bits / 8)]` uint8, lowest bits first. scale: `[out, groups]` fp16. zero: integer codes packed
+    codes: `[out, ceil(in * bits / 8)]` uint8, lowest bits first. scale: `[out, groups]` fp16. zero: integers packed
     like the codes, `[out, ceil(groups * bits / 8)]` uint8; or fp16 `[out, groups]`; or none, and the middle code is 0.
     group_of: `[in]` int16 the group of each column, where groups are not runs of columns.
     """

@@ -22,12 +22,13 @@ from posttrain.trajectory import PosttrainError
 class GPTQ(LayerSolver):
     r"""Error feedback through the inverse Hessian of the layer's squared output error.
 
-    With `H = 2/n X^T X + λ mean(diag) I` and U the upper Cholesky factor of its inverse, column i is rounded to q_i, and
-    `(w_i - q_i)/U_ii · U_i,j` is taken off every later column j.
+    With `H = 2/n X^T X + λ mean(diag) I` and U the upper Cholesky factor of its inverse, column i is rounded to q_i,
+    and `(w_i - q_i)/U_ii · U_i,j` is taken off every later column j.
 
     grid: the levels; fitted at the start of each group to the weights as corrected by then. damping: λ.
-    block: columns between updates of all the rest (speed only). act_order: columns by falling diagonal of H; the groups'
-        levels are then fitted to the original weights first (static groups), so that the layout stays contiguous.
+    block: columns between updates of all the rest (speed only).
+    act_order: columns by falling diagonal of H; the groups' levels are then fitted to the original weights first
+        (static groups), so that the layout stays contiguous.
 
     Reference: GPTQ, 2022, arXiv 2210.17323 (card 000, section 2).
     """
@@ -72,9 +73,9 @@ def feed_back(
 ) -> Tensor:
     """GPTQ's loop: the quantized weight, `[out, in]` fp32.
 
-    factor: U. round_column: of a column's number, its corrected weights `[out, 1]` and all weights corrected so far (the
-    columns of its group are up to date); returns the column's values. group: columns that are fitted together: blocks
-    end where groups do, so that a group's levels never see stale weights.
+    factor: U. round_column: of a column's number, its corrected weights `[out, 1]` and all weights corrected so far
+    (the columns of its group are up to date); returns the column's values. group: columns that are fitted together:
+    blocks end where groups do, so that a group's levels never see stale weights.
     """
     work, found = weight.clone(), torch.empty_like(weight)
     columns = work.shape[1]

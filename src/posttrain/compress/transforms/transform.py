@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,7 +10,7 @@ from posttrain.compress.walk import Block
 
 
 @dataclass(frozen=True)
-class Transform(ABC):
+class Transform:
     """Function-preserving: float outputs before and after agree to 1e-4, which tests hold.
 
     Some look at the whole model before the walk, others at each block with its calibration inputs; a transform
