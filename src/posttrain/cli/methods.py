@@ -62,16 +62,19 @@ def show(name: Annotated[str, typer.Argument(help="The method's name.", show_def
     from posttrain.methods.taxonomy import taxonomy
 
     entry = methods.find(name)
-    stages = entry.stages
     signature = inspect.signature(entry.function, eval_str=True).replace(return_annotation=inspect.Signature.empty)
     print(f"{entry.name}{signature}\n")
     print(inspect.getdoc(entry.function))
-    for i, stage in enumerate(stages):
+    for i, stage in enumerate(entry.stages):
         _print_stage(stage, "" if entry.kind != "pipeline" else f"stage {i + 1}, {stage.name}: ")
+    if entry.kind == "compression":
+        _print_section("parts", entry.parts)
     branch = taxonomy().branches[entry.branch] if entry.branch is not None else None
     print(f"\nfamily: {entry.family}\ncard: {', '.join(entry.cards) or 'none'}")
     print(f"branch: {f'{branch.id} {branch.name}' if branch is not None else 'none'}")
-    print(f"kind: {entry.kind}\nlearns from: {', then '.join(stage.data for stage in stages)}")
+    print(f"kind: {entry.kind}")
+    if entry.stages:
+        print(f"learns from: {', then '.join(stage.data for stage in entry.stages)}")
     print(f"verdict: {entry.verdict}{'' if entry.studies else ' (no study of it has been run)'}")
     for study in entry.studies:
         _print_study(study)

@@ -38,6 +38,14 @@ class Compression:
     skip: tuple[str, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def uses_data(self) -> bool:
+        """Whether the result depends on the calibration text; if not, any tokens serve to find the layers' order."""
+        if self.transforms or self.allocation is not None:
+            return True
+        fitted = self.activations is not None and self.activations.uses_data
+        return fitted or bool(getattr(self.solver, "uses_data", True))
+
     def replace(self, **parts: Any) -> Compression:
         """The method with other parts."""
         return replace(self, **parts)

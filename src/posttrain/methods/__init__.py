@@ -1,5 +1,6 @@
 """The catalogue: a family a module, a method a documented function that composes parts."""
 
+from posttrain.compress.method import Compression
 from posttrain.methods.agents import s_ppo, st_ppo, turn_ppo
 from posttrain.methods.baselines import clip_cov, dppo, gmpo, gpg, grpo_passk, kl_cov, opo, otb, remax
 from posttrain.methods.continual import recap, rif_rft
@@ -34,6 +35,7 @@ from posttrain.methods.preference import (
     simpo,
 )
 from posttrain.methods.pretraining import rlp, rmt
+from posttrain.methods.quantization import gptq, rtn
 from posttrain.methods.registry import find, method, registered
 from posttrain.methods.reward_shaping import noisy_rewards, rpr, timehc_rl, trust_grpo
 from posttrain.methods.risk import riskpo
@@ -45,6 +47,7 @@ from posttrain.methods.zero import expert_iteration, process_grpo, zero_rl
 from posttrain.training.method import Method, Pipeline
 
 __all__ = [
+    "Compression",
     "Method",
     "Pipeline",
     "ahpo",
@@ -70,6 +73,7 @@ __all__ = [
     "gdpo",
     "gmpo",
     "gpg",
+    "gptq",
     "grpo",
     "grpo_passk",
     "gspo",
@@ -108,6 +112,7 @@ __all__ = [
     "rmt",
     "robust_dpo",
     "rpr",
+    "rtn",
     "s_ppo",
     "sapo",
     "sft",

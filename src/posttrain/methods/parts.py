@@ -8,20 +8,24 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from posttrain.compress.method import Compression
 from posttrain.objective.estimator import Objective
 from posttrain.objective.mixture import Mixture
 from posttrain.training.method import OBJECTIVE_PARTS, Method, Pipeline
 
 TOLD_ELSEWHERE = ("name", "objective", "data", "settings", "arguments")
+COMPRESSION_PARTS = ("transforms", "allocation", "solver", "activations", "calibration", "skip")
 Parts = dict[str, Any]
 
 
-def parts_of(made: Method | Pipeline, *, brief: bool = False) -> Parts:
+def parts_of(made: Method | Pipeline | Compression, *, brief: bool = False) -> Parts:
     """Parts by name, each as the call that makes it (see `written`).
 
     A mixture of objectives has `terms` in the place of the parts of one, a pipeline has `stages`: lists of such
-    mappings, a term's with its `sources` and `weight`, a stage's with its `method`.
+    mappings, a term's with its `sources` and `weight`, a stage's with its `method`. A compression has parts of its own.
     """
+    if isinstance(made, Compression):
+        return {name: written(getattr(made, name) or (), brief=brief) for name in COMPRESSION_PARTS}
     if isinstance(made, Pipeline):
         return {"stages": [{"method": stage.name, **parts_of(stage, brief=brief)} for stage in made.stages]}
     return {**_objective(made.objective, brief), **beside(made, brief=brief)}
@@ -41,8 +45,10 @@ def fields_beside() -> dict[str, Any]:
     return {f.name: _default(f) for f in dataclasses.fields(Method) if f.name not in TOLD_ELSEWHERE}
 
 
-def objectives_of(made: Method | Pipeline) -> list[Objective]:
-    """Every objective in it: of each stage, of each term."""
+def objectives_of(made: Method | Pipeline | Compression) -> list[Objective]:
+    """Every objective in it: of each stage, of each term. A compression has none."""
+    if isinstance(made, Compression):
+        return []
     methods = made.stages if isinstance(made, Pipeline) else (made,)
     found: list[Objective] = []
     for method in methods:

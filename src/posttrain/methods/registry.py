@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, ParamSpec, TypeVar
 
+from posttrain.compress.method import Compression
 from posttrain.methods import verdicts
 from posttrain.methods.parts import Parts, parts_of
 from posttrain.methods.taxonomy import taxonomy
@@ -16,14 +17,14 @@ from posttrain.training.method import Method, Pipeline, stages_of
 from posttrain.trajectory import PosttrainError
 
 P = ParamSpec("P")
-Made = TypeVar("Made", bound=Method | Pipeline)
-Kind = Literal["online", "offline", "pipeline"]
+Made = TypeVar("Made", bound=Method | Pipeline | Compression)
+Kind = Literal["online", "offline", "pipeline", "compression"]
 
 
 @dataclass(frozen=True)
 class Entry:
     """A registered method. card: three digits, several of them, or None where no card describes it. function: makes
-    the `Method`, or the `Pipeline` of a recipe that a paper published.
+    the `Method`, the `Pipeline` of a recipe that a paper published, or a `Compression`.
     """
 
     name: str
@@ -48,12 +49,15 @@ class Entry:
 
     @property
     def stages(self) -> tuple[Method, ...]:
-        """The method with its defaults; of a pipeline, its methods in order."""
-        return stages_of(self.function())
+        """The method with its defaults; of a pipeline, its methods in order. A compression trains nothing: none."""
+        made = self.function()
+        return () if isinstance(made, Compression) else stages_of(made)
 
     @property
     def kind(self) -> Kind:
         made = self.function()
+        if isinstance(made, Compression):
+            return "compression"
         return "pipeline" if isinstance(made, Pipeline) else "online" if made.online else "offline"
 
     @property
@@ -90,8 +94,8 @@ _METHODS: dict[str, Entry] = {}
 def method(
     *, family: str, card: str | tuple[str, ...] | None = None, name: str | None = None, branch: str | None = None
 ) -> Callable[[Callable[P, Made]], Callable[P, Made]]:
-    """Register a function that returns a `Method` or a `Pipeline`, under its own name with hyphens unless another is
-    given.
+    """Register a function that returns a `Method`, a `Pipeline` or a `Compression`, under its own name with hyphens
+    unless another is given.
 
     branch: where it stands in the taxonomy, when its card and family do not say it (see `Entry.branch`).
     The method it returns carries that name and the arguments of the call; the stages of a pipeline carry their own.

@@ -33,7 +33,7 @@ HEADINGS = ("method", "card", "advantage", "denominator", "mask", "aggregation",
 
 def methods_table(entries: Iterable[Entry] | None = None) -> str:
     """A table a family: a row a method, a row a term where its objective is a mixture, a row a stage of a pipeline."""
-    found = registered().values() if entries is None else entries
+    found = [e for e in (registered().values() if entries is None else entries) if e.kind != "compression"]
     sections = []
     for family, members in groupby(found, key=lambda entry: entry.family):
         rows = [row for entry in members for row in _rows(entry)]
