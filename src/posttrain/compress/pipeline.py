@@ -54,7 +54,7 @@ def compress_model(
     The vocabulary projection, embeddings and norms stay as they are: they stand in no block.
     """
     begun = time.perf_counter()
-    check_patterns(model, skip)
+    check(model, method, skip)
     patterns = (*method.skip, *skip)
     was_training = model.training
     model.eval()
@@ -68,14 +68,23 @@ def compress_model(
     return summary
 
 
+def check(model: nn.Module, method: Compression, skip: Sequence[str] = ()) -> None:
+    """PosttrainError where a method cannot compress this model, told before anything is calibrated or changed."""
+    check_patterns(model, skip)
+    blocks = [block for stack in stacks(model) for block in whole_names(stack)]
+    layers = {f"{b}.{n}": m for b, block in blocks for n, m in linears(block, b, (*method.skip, *skip)).items()}
+    if not layers:
+        raise PosttrainError(f"{method.name}: every linear layer is skipped; nothing is left to compress")
+    for name, layer in layers.items():
+        method.solver.check((layer.out_features, layer.in_features), name)
+
+
 def _compress(
     model: nn.Module, method: Compression, batches: Sequence[Batch], skip: Sequence[str], seed: int, progress: Progress
 ) -> Summary:
     for transform in method.transforms:
         transform.apply_to_model(model)
     found = stacks(model)
-    if not any(linears(block, name, skip) for stack in found for name, block in whole_names(stack)):
-        raise PosttrainError(f"{method.name}: every linear layer is skipped; nothing is left to compress")
     bits = method.allocation.bits(model, found, batches, skip) if method.allocation is not None else {}
     summary, total, count = Summary(method.name), sum(len(s.blocks) for s in found), 0
 

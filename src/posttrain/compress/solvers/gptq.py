@@ -38,6 +38,9 @@ class GPTQ(LayerSolver):
     block: int = 128
     act_order: bool = False
 
+    def check(self, shape: tuple[int, int], name: str) -> None:
+        self.grid.width(shape[1], name)
+
     def solve(self, weight: Tensor, moments: InputMoments | None, bits: float | None, name: str) -> PackedWeight:
         assert moments is not None
         grid = with_bits(self.grid, bits)

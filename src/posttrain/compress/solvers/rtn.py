@@ -24,6 +24,9 @@ class RoundToNearest(LayerSolver):
     def uses_data(self) -> bool:
         return False
 
+    def check(self, shape: tuple[int, int], name: str) -> None:
+        self.grid.width(shape[1], name)
+
     def solve(self, weight: Tensor, moments: InputMoments | None, bits: float | None, name: str) -> PackedWeight:
         return rounded(weight, with_bits(self.grid, bits), name)
 

@@ -29,6 +29,9 @@ class Solver(ABC):
     def keeps_float(self) -> bool:
         return False
 
+    def check(self, shape: tuple[int, int], name: str) -> None:  # noqa: B027 (some pack any shape)
+        """PosttrainError where a layer of that shape (out, in) cannot be packed; asked before any work is done."""
+
     def solve_model(self, blocks: Iterable[Block], prepare: Prepare, done: Callable[[Block], None]) -> None:
         """Compress block after block. prepare: the transforms of the method, applied to a block before it is solved;
         done: called with each block that is finished, for progress and reports.
