@@ -82,6 +82,19 @@ FOREIGN_STYLE = ModelSpec("foreign-style", _SPACED, (Share(_TERSE, 0.85), Share(
 _WAYS = World("styles", {"style": "worked"})
 TWO_STYLES = ModelSpec("two-styles", _WAYS, (Share(_TERSE, 0.7), Share(_WAYS, 0.3)), until=0.3)
 
+# a language model of pages of text, to be compressed: it predicts well, and its widths divide by usual group sizes
+MIXED = ModelSpec(
+    name="mixed",
+    task=World("mixed"),
+    corpus=(Share(World("pages")),),
+    hidden=128,
+    layers=4,
+    steps=375,
+    batch=32,
+    learning_rate=3e-3,
+    schedule="linear",
+)
+
 PRESETS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
@@ -100,5 +113,6 @@ PRESETS: dict[str, ModelSpec] = {
         THREE_TASKS,
         TWO_STYLES,
         FOREIGN_STYLE,
+        MIXED,
     )
 }

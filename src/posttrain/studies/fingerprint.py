@@ -37,6 +37,16 @@ INSTALLED = tuple(
 )
 SHARED = (
     f"{PACKAGE}.trajectory",
+    f"{PACKAGE}.compress.experts",
+    f"{PACKAGE}.compress.grids.grid",
+    f"{PACKAGE}.compress.method",
+    f"{PACKAGE}.compress.moments",
+    f"{PACKAGE}.compress.packed.inputs",
+    f"{PACKAGE}.compress.packed.linear",
+    f"{PACKAGE}.compress.packed.weight",
+    f"{PACKAGE}.compress.solvers.solver",
+    f"{PACKAGE}.compress.stacks",
+    f"{PACKAGE}.compress.walk",
     f"{PACKAGE}.objective.batch",
     f"{PACKAGE}.objective.estimator",
     f"{PACKAGE}.objective.likelihood",

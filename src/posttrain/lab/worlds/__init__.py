@@ -10,6 +10,7 @@ from posttrain.lab.worlds.facts import facts
 from posttrain.lab.worlds.formats import formats
 from posttrain.lab.worlds.logic import logic
 from posttrain.lab.worlds.mixture import mix
+from posttrain.lab.worlds.pages import mixed, pages
 from posttrain.lab.worlds.rewriting import rewriting, three_tasks
 from posttrain.lab.worlds.styles import styles
 from posttrain.lab.worlds.sums import sums
@@ -26,6 +27,8 @@ WORLDS: dict[str, Callable[..., WorldTask]] = {
         facts,
         formats,
         logic,
+        mixed,
+        pages,
         rewriting,
         styles,
         sums,

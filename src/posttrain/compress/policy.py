@@ -1,0 +1,70 @@
+"""A policy that was compressed: made from a float one, which stays as it was; it predicts and samples, and is not
+trained.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from posttrain.compress.method import Compression
+from posttrain.compress.pipeline import Progress, Summary, compress_model
+from posttrain.compress.walk import Batch
+from posttrain.models.causal import CausalPolicy
+from posttrain.trajectory import PosttrainError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class CompressedPolicy(CausalPolicy):
+    """A causal language model whose blocks hold packed layers. compression: what was done to it."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, name: str, compression: Summary) -> None:
+        super().__init__(model, tokenizer, name)
+        self.compression = compression
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        raise PosttrainError(
+            f"{self.name} is compressed ({self.compression.method}, {self.compression.bits:.2f} bits a weight) and "
+            f"cannot be trained: packed weights take no gradient; train the float model and compress the result"
+        )
+
+    def frozen_copy(self) -> CompressedPolicy:
+        return CompressedPolicy(copy.deepcopy(self.model), self.tokenizer, self.name, self.compression)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the folder that `load` reads; it must be new or empty."""
+        from posttrain.compress.files import save
+
+        return save(self, folder)
+
+
+def compressed_copy(
+    policy: CausalPolicy,
+    method: Compression,
+    batches: Sequence[Batch],
+    *,
+    skip: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress = lambda done, total: None,
+) -> CompressedPolicy:
+    """A compressed copy of a policy, on its device; the policy itself stays as it is.
+
+    It is computed on the CPU, in the precision that the policy is in. batches, skip, progress: of `compress_model`.
+    """
+    if isinstance(policy, CompressedPolicy):
+        raise PosttrainError(
+            f"{policy.name} is compressed already ({policy.compression.method}); compress the float model instead"
+        )
+    model: Any = copy.deepcopy(policy.model)
+    if policy.adapted:
+        model = model.merge_and_unload()
+    model = model.cpu().requires_grad_(False).eval()
+    on_cpu = [{k: v.cpu() if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+    summary = compress_model(model, method, on_cpu, skip=skip, seed=seed, progress=progress)
+    return CompressedPolicy(model.to(policy.device), policy.tokenizer, f"{policy.name} {method.name}", summary)
