@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from posttrain.models.providers import PROVIDERS
+from posttrain.models.providers import PROVIDERS, READERS
 
 if TYPE_CHECKING:
     from posttrain import methods
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 PROVIDERS["lab"] = "posttrain.lab:provide"
+READERS["posttrain"] = "posttrain.compress.files:read"
 
 _WHERE = {
     "PosttrainError": "posttrain.trajectory:PosttrainError",

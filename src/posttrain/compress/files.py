@@ -1,18 +1,32 @@
-"""Folders of compressed models: the configuration says how each packed layer is stored, safetensors hold the rest."""
+"""Folders of compressed models: the configuration says how each packed layer is stored, one safetensors file holds what
+is stored. Beside them lie the tokenizer and the generation configuration, as in any `transformers` folder.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import pkgutil
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
+from posttrain.compress.experts import is_unfused, unfuse
 from posttrain.compress.packed import inputs as steps
 from posttrain.compress.packed import weight as weights
-from posttrain.compress.packed.linear import PackedLinear
+from posttrain.compress.packed.linear import PackedLinear, TransformedLinear
+from posttrain.compress.pipeline import LayerSummary, Summary
+from posttrain.compress.policy import CompressedPolicy
 from posttrain.compress.stacks import replace_module
+from posttrain.training.checkpoint import sync
 from posttrain.trajectory import PosttrainError
 
 if TYPE_CHECKING:
@@ -20,91 +34,255 @@ if TYPE_CHECKING:
 
 QUANT_METHOD = "posttrain"
 VERSION = 1
-WEIGHTS = "model.safetensors"
+CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
 
 
 def save(policy: CausalPolicy, folder: str | Path, about: dict[str, Any] | None = None) -> Path:
-    """Write a compressed model to a folder that `load` reads. about: what else the configuration should tell."""
-    from safetensors.torch import save_file
+    """Write a compressed model to a new or empty folder that `load` reads.
 
+    It is written beside its place, synced and renamed: the folder is there whole or not at all.
+
+    Args:
+        about: what the configuration tells of the compression, as JSON values; the policy's own summary where None.
+    Raises:
+        PosttrainError: the folder holds something already; the disk is full or not writable.
+    """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise PosttrainError(f"{folder} exists; choose another folder for the compressed model")
-    folder.mkdir(parents=True, exist_ok=True)
-    model = policy.base
-    packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
-    layers = {
-        name: {"weight": weights.written(m.weight), "bias": m.bias is not None, "inputs": steps.written(m.inputs)}
-        for name, m in packed.items()
-    }
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config.pop("_name_or_path", None)
-    config["quantization_config"] = {
-        "quant_method": QUANT_METHOD, "version": VERSION, "about": about or {}, "layers": layers
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    save_file(_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PosttrainError(f"{folder} exists already; choose another folder for the compressed model")
+    target = folder.resolve()
+    with _scratch(target, folder) as scratch:
+        _write(policy, scratch, _summary(policy) if about is None else about)
+        for file in (*scratch.iterdir(), scratch):
+            sync(file)
+        if target.exists():
+            target.rmdir()
+        scratch.rename(target)
+        sync(target.parent)
     return folder
 
 
-def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict, each storage once: a tensor that is tied to another is left out, and tied again on loading."""
-    seen: set[int] = set()
+@contextmanager
+def _scratch(target: Path, told: Path) -> Iterator[Path]:
+    """A folder to write in beside the target, gone at the end; what a killed process left there goes first."""
+    scratch = target.with_name(f".{target.name}.writing-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{target.name}.writing-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        scratch.mkdir()
+        yield scratch
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise PosttrainError(
+            f"cannot write the compressed model to {told}: {reason}; free some space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(policy: CausalPolicy, folder: Path, about: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    model: Any = policy.base
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    if outer is not None and outer.weight is not inner.weight:
+        config["tie_word_embeddings"] = False  # untied by a transform, whatever the model said before
+    modules = dict(model.named_modules())
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        "about": about,
+        "unfused": is_unfused(model),
+        "layers": {n: _described(m) for n, m in modules.items() if isinstance(m, PackedLinear | TransformedLinear)},
+        "biases": [n for n, m in modules.items() if type(m) is nn.Linear and m.bias is not None],
+    }
+    save_file(_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def _described(layer: PackedLinear | TransformedLinear) -> dict[str, Any]:
+    """How a layer is stored; a transformed layer that was left float has no packed weight."""
+    weight = weights.written(layer.weight) if isinstance(layer, PackedLinear) else None
+    return {"weight": weight, "bias": layer.bias is not None, "inputs": steps.written(layer.inputs)}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, each parameter once: one that is tied to another is left out, and tied again on loading."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    seen: set[tuple[int, torch.Size]] = set()
     found = {}
     for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
+        place = (tensor.data_ptr(), tensor.shape)
+        if name in parameters and tensor.numel() and place in seen:
             continue
-        seen.add(tensor.data_ptr())
-        found[name] = tensor.contiguous()
+        shares = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size() or place in seen
+        seen.add(place)
+        found[name] = tensor.contiguous().clone() if shares else tensor.contiguous()
     return found
+
+
+def _summary(policy: CausalPolicy) -> dict[str, Any]:
+    done = policy.compression if isinstance(policy, CompressedPolicy) else None
+    return {} if done is None else asdict(done)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def is_compressed(folder: Path) -> bool:
     """Whether a folder's configuration says that `save` wrote it."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return bool((config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD)
+    except (OSError, ValueError, AttributeError):
         return False
-    return (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
 
 
-def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model and tokenizer of a folder that `save` wrote; only what is packed is ever in memory, never the float
-    weights of packed layers.
+def read(folder: Path, dtype: torch.dtype, device: torch.device, name: str) -> CompressedPolicy:
+    """The policy of a folder that `save` wrote; what its float parts (embeddings, norms) are computed in is `dtype`."""
+    model, tokenizer, done = load_folder(folder, dtype)
+    return CompressedPolicy(model.to(device), tokenizer, name, done)
+
+
+def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, Summary]:
+    """The model, the tokenizer and the summary of a folder that `save` wrote.
+
+    Only what is packed is ever in memory, never the float weights of packed layers.
+    Raises PosttrainError for a folder of another version, one that is damaged, and one with something missing.
     """
-    from accelerate import init_empty_weights
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig
 
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     quantization = described.pop("quantization_config")
     if quantization.get("version") != VERSION:
         raise PosttrainError(
-            f"{folder} was written in version {quantization.get('version')} of the format; this posttrain reads "
-            f"version {VERSION}"
+            f"{folder} is in version {quantization.get('version')} of the format for compressed models; this posttrain "
+            f"reads version {VERSION}: use the posttrain that wrote it, or compress the float model again"
         )
+    with _readable(folder):
+        model = _empty(described, quantization, dtype)
+        _fill(model, _stored(folder), folder, described.get("dtype"), dtype)
+        if (folder / GENERATION).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        done = _done(model, quantization["about"])
+    return model.requires_grad_(False).eval(), tokenizer, done
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Whatever a library says of a folder that it cannot read becomes one line."""
+    try:
+        yield
+    except PosttrainError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:240]
+        raise PosttrainError(
+            f"{folder} is damaged, or no compressed model of posttrain ({reason}); compress the float model again"
+        ) from error
+
+
+def _empty(described: dict[str, Any], quantization: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The model with packed layers of zeros in their places, and its float parameters not yet in memory."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.for_model(**described)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if quantization["unfused"]:
+        unfuse(model)
+    _know_all_formats()
     for name, layer in quantization["layers"].items():
-        weight = weights.from_written(layer["weight"])
-        bias = torch.zeros(weight.shape[0], dtype=dtype) if layer["bias"] else None
-        replace_module(model, name, PackedLinear(weight, bias, steps.from_written(layer["inputs"])))
+        replace_module(model, name, _layer(model.get_submodule(name), layer, dtype))
+    for name in quantization["biases"]:
+        linear = model.get_submodule(name)
+        if linear.bias is None:  # a transform added it
+            linear.bias = nn.Parameter(torch.empty(linear.out_features, device="meta", dtype=dtype))
+    return model
+
+
+def _layer(there: nn.Module, described: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    inputs = steps.from_written(described["inputs"])
+    if described["weight"] is not None:
+        weight = weights.from_written(described["weight"])
+        bias = torch.zeros(weight.shape[0], dtype=dtype) if described["bias"] else None
+        return PackedLinear(weight, bias, inputs)
+    assert isinstance(there, nn.Linear)
+    if described["bias"] and there.bias is None:
+        there.bias = nn.Parameter(torch.empty(there.out_features, device="meta", dtype=dtype))
+    return TransformedLinear.of(there, inputs if inputs is not None else nn.Sequential())
+
+
+def _know_all_formats() -> None:
+    """Import every module of this package: formats and steps are known once their classes are defined."""
+    package = import_module(__name__.rpartition(".")[0])
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        import_module(module.name)
+
+
+def _stored(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    file = folder / WEIGHTS
     try:
-        state = load_file(folder / WEIGHTS)
-    except Exception as error:
-        raise PosttrainError(f"cannot read {folder / WEIGHTS}: {' '.join(str(error).split())[:200]}") from error
-    floats = dict(model.named_parameters())
-    state = {name: t.to(dtype) if name in floats and t.is_floating_point() else t for name, t in state.items()}
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise PosttrainError(
+            f"cannot read {file}: {' '.join(str(error).split())[:200]}; it is cut short or damaged: copy it again, or "
+            f"compress the float model again"
+        ) from error
+
+
+def _fill(model: Any, state: dict[str, Tensor], folder: Path, kept: str | None, dtype: torch.dtype) -> None:
+    """Put what is stored in its place. kept: the precision that the float parts were stored in."""
+    wanted = model.state_dict()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    packed = {f"{n}.{b}" for n, m in layers.items() for b, _ in m.named_buffers() if b != "bias"}
+    for name, tensor in state.items():
+        if name not in wanted:
+            raise PosttrainError(f"{folder / WEIGHTS} holds {name}, which its config.json does not know")
+        there = wanted[name]
+        if tensor.shape != there.shape or (name in packed and tensor.dtype != there.dtype):
+            raise PosttrainError(
+                f"{folder / WEIGHTS} holds {name} as {_kind(tensor)}; its config.json says {_kind(there)}"
+            )
+        # what the model keeps in another precision than its own (a router's bias, say) stays in it
+        if name not in packed and tensor.is_floating_point() and str(tensor.dtype) == f"torch.{kept}":
+            state[name] = tensor.to(dtype)
     found = model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    missing = [n for n, p in (*model.named_parameters(), *model.named_buffers()) if p.device.type == "meta"]
-    if missing or found.unexpected_keys:
-        wrong = (missing + list(found.unexpected_keys))[0]
-        raise PosttrainError(f"{folder} does not hold what its config.json says: {wrong} is missing or too much")
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder)
+    floats = dict(model.named_parameters(remove_duplicate=False))
+    missing = [n for n in found.missing_keys if n not in floats or floats[n].device.type == "meta"]
+    if missing:
+        raise PosttrainError(
+            f"{folder / WEIGHTS} does not hold {missing[0]}"
+            f"{f' and {len(missing) - 1} more tensors' if len(missing) > 1 else ''}, which its config.json speaks of"
+        )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _done(model: nn.Module, about: dict[str, Any]) -> Summary:
+    """The summary as it was kept, with bits and bytes of the layers as they are."""
+    packed = {n: m.weight for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    errors = {row["name"]: row["error"] for row in about.get("layers") or () if isinstance(row, dict)}
+    return Summary(
+        str(about.get("method", "unknown")),
+        float(about.get("seconds", 0.0)),
+        [LayerSummary(n, p.bits_per_weight, float(errors.get(n, float("nan")))) for n, p in packed.items()],
+        sum(p.counted_bits for p in packed.values()) / sum(p.shape[0] * p.shape[1] for p in packed.values()),
+        sum(p.stored_bytes for p in packed.values()),
+    )

@@ -18,7 +18,7 @@ import torch
 
 from posttrain.models.allocator import keep_freed_memory
 from posttrain.models.causal import CausalPolicy
-from posttrain.models.providers import provided
+from posttrain.models.providers import provided, reader
 from posttrain.trajectory import PosttrainError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def load(
 
     Args:
         model: a bundled name (`smollm2-135m`), the id of a provider (`lab:tiers`), a `transformers` folder, a run
-            folder, a `.gguf` file, or a hub id.
+            folder, the folder of a compressed model, a `.gguf` file, or a hub id.
         precision: `bf16`, `fp32`, or `auto` (bf16 where the hardware has it).
         device: defaults to CUDA when there is one, else the CPU.
         trust_remote_code: run Python code that came with the model; never unless asked for.
@@ -88,7 +88,10 @@ def load(
     elif Path(name).is_file():
         found, tokenizer = _from_gguf(Path(name), dtype)
     elif Path(name).is_dir():
-        found, tokenizer = _from_folder(_model_folder(Path(name)), dtype, trust_remote_code)
+        folder = _model_folder(Path(name))
+        if (read := reader(folder)) is not None:
+            return read(folder, dtype, place, name)
+        found, tokenizer = _from_folder(folder, dtype, trust_remote_code)
     else:
         found, tokenizer = _from_hub(name, dtype, trust_remote_code, revision)
     return CausalPolicy(found.eval().to(place), tokenizer, name)
