@@ -38,6 +38,12 @@ class Grid(ABC):
     bits: int = 4
     group: int = 128
 
+    def settled(self, weight: Tensor) -> Grid:
+        """The grid with what it takes from a whole `[out, in]` matrix, which all of its groups share: a number that
+        their scales are stored against, an exponent. Most take nothing. Solvers that pack call it before they fit.
+        """
+        return self
+
     @abstractmethod
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Levels:
         """Levels for `[rows, n]` weights of one group.

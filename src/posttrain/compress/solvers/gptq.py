@@ -46,7 +46,7 @@ class GPTQ(LayerSolver):
         grid = with_bits(self.grid, bits)
         weight, hessian = prepared(weight, moments, name)
         columns = weight.shape[1]
-        width = grid.width(columns, name)
+        width, grid = grid.width(columns, name), grid.settled(weight)
         order = torch.argsort(hessian.diag(), descending=True, stable=True) if self.act_order else None
         levels: list[Levels] = []
         if order is not None:
@@ -73,6 +73,8 @@ def feed_back(
     round_column: Callable[[int, Tensor, Tensor], Tensor],
     block: int = 128,
     group: int = 0,
+    *,
+    within: bool = True,
 ) -> Tensor:
     """GPTQ's loop: the quantized weight, `[out, in]` fp32.
 
@@ -92,7 +94,8 @@ def feed_back(
             now = work[:, i : i + 1]
             found[:, i : i + 1] = round_column(i, now, work)
             error = (now - found[:, i : i + 1]) / factor[i, i]
-            work[:, i + 1 : end].addmm_(error, factor[i : i + 1, i + 1 : end], alpha=-1.0)
+            if within:
+                work[:, i + 1 : end].addmm_(error, factor[i : i + 1, i + 1 : end], alpha=-1.0)
             errors[:, i - start : i - start + 1] = error
         work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1.0)
     return found

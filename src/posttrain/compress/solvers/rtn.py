@@ -33,7 +33,7 @@ class RoundToNearest(LayerSolver):
 
 def rounded(weight: Tensor, grid: Grid, name: str, importance: Tensor | None = None) -> PackedWeight:
     """A weight rounded to the nearest levels of a grid. importance: `[in]`, for grids that weigh errors."""
-    width = grid.width(weight.shape[1], name)
+    width, grid = grid.width(weight.shape[1], name), grid.settled(weight)
     groups = weight.split(width, 1)
     weights = [None] * len(groups) if importance is None else importance.split(width)
     levels = [grid.fit(group, given) for group, given in zip(groups, weights, strict=True)]
