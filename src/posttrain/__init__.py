@@ -1,7 +1,7 @@
 """posttrain: post-training of language models on one objective with four interchangeable parts.
 
-`from posttrain import load, train, evaluate, compare, methods, tasks`. Names are imported on first use, so that
-importing the package, and `posttrain --help`, stay quick.
+`from posttrain import load, train, evaluate, compare, quantize, methods, tasks`. Names are imported on first use, so
+that importing the package, and `posttrain --help`, stay quick.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from posttrain.models.providers import PROVIDERS, READERS
 
 if TYPE_CHECKING:
     from posttrain import methods
-    from posttrain.api import compare, evaluate, train
+    from posttrain.api import compare, evaluate, quantize, train
     from posttrain.evaluation import tasks
     from posttrain.evaluation.task import Task
     from posttrain.models.load import load
@@ -32,11 +32,23 @@ _WHERE = {
     "evaluate": "posttrain.api:evaluate",
     "load": "posttrain.models.load:load",
     "methods": "posttrain.methods",
+    "quantize": "posttrain.api:quantize",
     "tasks": "posttrain.evaluation.tasks",
     "train": "posttrain.api:train",
 }
 
-__all__ = ["PosttrainError", "Settings", "Task", "compare", "evaluate", "load", "methods", "tasks", "train"]
+__all__ = [
+    "PosttrainError",
+    "Settings",
+    "Task",
+    "compare",
+    "evaluate",
+    "load",
+    "methods",
+    "quantize",
+    "tasks",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

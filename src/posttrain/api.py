@@ -1,4 +1,4 @@
-"""The Python API: `train`, `evaluate` and `compare`, as short as a recipe."""
+"""The Python API: `train`, `evaluate`, `compare` and `quantize`, as short as a recipe."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from posttrain.compress.calibrate import calibration_batches, text_of
+from posttrain.compress.method import Calibrated, Compression
+from posttrain.compress.policy import CompressedPolicy, compressed_copy
 from posttrain.evaluation.evaluate import evaluate as evaluate_engine
 from posttrain.evaluation.evaluation import Evaluation
 from posttrain.evaluation.task import Task
@@ -29,6 +32,7 @@ from posttrain.recipe import (
 )
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.run import Run, execute
+from posttrain.terminal import Counter
 from posttrain.training.method import Method, Pipeline, stages_of
 from posttrain.training.scoring import sequence_scores
 from posttrain.trajectory import PosttrainError
@@ -191,6 +195,51 @@ def compare(
         keep_length="steps" in changed or "epochs" in changed,
         show=show,
     )
+
+
+def quantize(
+    model: str | Path | CausalPolicy,
+    method: Compression | str,
+    calibration: Any = None,
+    *,
+    samples: int | None = None,
+    length: int | None = None,
+    skip: Sequence[str] = (),
+    seed: int = 0,
+    show: bool = True,
+    **arguments: Any,
+) -> CompressedPolicy:
+    """Compress a model; the one that is given stays as it was.
+
+    Args:
+        model: what `load` takes, or a loaded policy.
+        method: a method of the families quantization and sparsity, or its name.
+        calibration: a file of text or of rows, a hub id, texts, or a task (a `Task`, a name or a mapping); by default
+            problems that the lab makes.
+        samples, length: windows of calibration text, and tokens of each, in place of the method's.
+        skip: patterns of layers that stay as they are: `*.down_proj`.
+        seed: of the windows, and of everything random in the method.
+        arguments: of the method, where it is given by name (`bits=3`).
+    Returns:
+        the compressed model: `small.save(folder)` writes what `load` reads, `small.compression` says what was done.
+    """
+    from posttrain.studies.compression import texts_for
+
+    made = find(method).function(**arguments) if isinstance(method, str) else method
+    if not isinstance(made, Compression):
+        name = method if isinstance(method, str) else getattr(method, "name", repr(method))
+        raise PosttrainError(f"quantize: {name} does not compress; use train for it, or give a method such as gptq")
+    if arguments and not isinstance(method, str):
+        raise PosttrainError(f"quantize: {made.name} is made already; give {', '.join(arguments)} where it is made")
+    usual = made.calibration
+    much = Calibrated(usual.samples if samples is None else samples, usual.length if length is None else length)
+    policy = model if isinstance(model, CausalPolicy) else load(model)
+    if calibration is None:
+        batches = texts_for(policy).batches(policy, much, seed)
+    else:
+        batches = calibration_batches(policy, text_of(calibration), much.samples, much.length, seed)
+    with Counter(f"{made.name}: blocks", "blocks", show=show) as progress:
+        return compressed_copy(policy, made, batches, skip=skip, seed=seed, progress=progress)
 
 
 def _named(

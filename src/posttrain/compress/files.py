@@ -278,11 +278,13 @@ def _kind(tensor: Tensor) -> str:
 def _done(model: nn.Module, about: dict[str, Any]) -> Summary:
     """The summary as it was kept, with bits and bytes of the layers as they are."""
     packed = {n: m.weight for n, m in model.named_modules() if isinstance(m, PackedLinear)}
-    errors = {row["name"]: row["error"] for row in about.get("layers") or () if isinstance(row, dict)}
+    told = about.get("layers")
+    errors = {row["name"]: row["error"] for row in told} if isinstance(told, list) else {}
+    order = [*(name for name in errors if name in packed), *(name for name in packed if name not in errors)]
     return Summary(
         str(about.get("method", "unknown")),
         float(about.get("seconds", 0.0)),
-        [LayerSummary(n, p.bits_per_weight, float(errors.get(n, float("nan")))) for n, p in packed.items()],
+        [LayerSummary(n, packed[n].bits_per_weight, float(errors.get(n, float("nan")))) for n in order],
         sum(p.counted_bits for p in packed.values()) / sum(p.shape[0] * p.shape[1] for p in packed.values()),
         sum(p.stored_bytes for p in packed.values()),
     )

@@ -17,7 +17,7 @@ PLAIN = {
     "arithmetic": {"style": "worked"},
     "words": {"depth": (1, 4), "contexts": ("plain", "zoo", "school", "films")},
     "facts": {"hops": 0.2},
-    "logic": {"kinds": ("boolean", "order", "sums", "colours")},
+    "logic": {"kinds": ("boolean", "order", "sums")},
     "formats": {},
     "counting": {},
     "rewriting": {},

@@ -34,6 +34,7 @@ def add_lora(
 
     if policy.adapted:
         raise PosttrainError("the model already has an adapter; merge it first (policy.merged())")
+    policy.trainable_parameters()  # a compressed model says that it has none
     projection = policy.model.get_output_embeddings()
     if any(m is projection and _names(target_modules, n) for n, m in policy.model.named_modules()):
         raise PosttrainError(

@@ -10,10 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from posttrain.report.thin import spread
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.studies.budget import Budget
 from posttrain.studies.comparison import FULL, Comparison, Run, judge
+from posttrain.studies.comparison_folder import opened, read_row, slug
 from posttrain.studies.fingerprint import digest
 from posttrain.studies.study import Curve
 from posttrain.terminal import Counter, printable
@@ -37,7 +36,7 @@ from posttrain.training.scoring import sequence_scores
 from posttrain.training.stage import Trained, train_stage
 from posttrain.trajectory import PosttrainError, Sampling
 
-PLAN, BEFORE, LOCK = "plan.json", "before.json", ".lock"
+BEFORE = "before.json"
 PROBE = 3  # steps that tell how long a step takes; the first does not count
 SLACK = 1.25  # so that the budget ends a stage, not a number of steps that was estimated a little too low
 MEASURED, MEASURED_PROMPTS = 8, 64  # how often the held-out accuracy is measured on the way, on how many prompts
@@ -76,9 +75,9 @@ def compare(
     if max_tokens is not None:
         drawn = replace(drawn, max_tokens=max_tokens)
     plan = _plan(policy, task, budget, holdout, samples, drawn)
-    where = folder or Path("runs") / f"compare-{_slug(task.name)}-{_slug(str(budget))}-{digest(plan)[:8]}"
+    where = folder or Path("runs") / f"compare-{slug(task.name)}-{slug(str(budget))}-{digest(plan)[:8]}"
     jobs = _Jobs(policy, task, budget, where, holdout, samples, drawn, keep_length, show)
-    with _opened(where, plan):
+    with opened(where, plan):
         before = jobs.before()
         runs: dict[str, list[Run]] = {name: [] for name in methods}
         for seed in range(seeds):  # seed by seed: stopped early, every method has had as many
@@ -104,16 +103,16 @@ class _Jobs:
     def before(self) -> np.ndarray:
         """`[prompts]`: the share of right completions of the model as it is."""
         file = self.folder / BEFORE
-        if (row := _read(file)) is None:
+        if (row := read_row(file)) is None:
             self._say("evaluating the model as it is")
             row = {"correct": self._correct(self.policy)}
             write_text(file, json.dumps(row))
         return np.asarray(row["correct"])
 
     def run(self, name: str, method: Made, seed: int) -> Run:
-        file = self.folder / f"{_slug(name)}-seed{seed}.json"
+        file = self.folder / f"{slug(name)}-seed{seed}.json"
         key = digest([method, self.keep_length])
-        row = _read(file)
+        row = read_row(file)
         if row is not None and row["key"] != key:
             self._say(f"{name}, seed {seed}: the method is another than the one that {file} is of; it runs again")
         if row is None or row["key"] != key:
@@ -215,8 +214,8 @@ def _check(
         raise PosttrainError(f"compare: task {task.name} has no held-out problems; set heldout above 0")
     slugs: dict[str, str] = {}
     for name, method in methods.items():
-        if slugs.setdefault(_slug(name), name) != name:
-            raise PosttrainError(f"compare: {slugs[_slug(name)]!r} and {name!r} would share a file; rename one")
+        if slugs.setdefault(slug(name), name) != name:
+            raise PosttrainError(f"compare: {slugs[slug(name)]!r} and {name!r} would share a file; rename one")
         stages = stages_of(method)
         for stage in stages:
             if stage.data in ("preferences", "feedback"):
@@ -242,40 +241,6 @@ def _plan(
         "problems": problems, "budget": str(budget), "held-out prompts": count, "samples": samples,
         "max_tokens": sampling.max_tokens, "temperature": sampling.temperature,
     }  # fmt: skip
-
-
-@contextmanager
-def _opened(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """The comparison's folder, for this process alone; one of other conditions is refused and left as it is."""
-    from filelock import FileLock, Timeout
-
-    kept = _read(folder / PLAN)
-    if kept is None and folder.exists() and (not folder.is_dir() or any(f.name != LOCK for f in folder.iterdir())):
-        raise PosttrainError(f"{folder} exists and holds no comparison; choose another folder")
-    different = [key for key in plan if kept is not None and kept.get(key) != plan[key]]
-    if different and kept is not None:
-        told = ", ".join(f"{key} {kept.get(key)} (now {plan[key]})" for key in different)
-        raise PosttrainError(f"{folder} holds a comparison under other conditions: {told}; choose another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(folder / LOCK), timeout=0):
-            if kept is None:
-                write_text(folder / PLAN, json.dumps(plan, indent=1))
-            yield
-    except Timeout:
-        raise PosttrainError(f"{folder} is in use by another process; wait for it or stop it") from None
-    except OSError as error:
-        raise PosttrainError(
-            f"cannot write to {folder}: {error.strerror or error}; mend that and run the same again"
-        ) from error
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        row = json.loads(file.read_text(encoding="utf-8"))
-        return row if isinstance(row, dict) else None
-    except (OSError, ValueError):
-        return None
 
 
 def _fresh(policy: CausalPolicy) -> CausalPolicy:
@@ -318,7 +283,3 @@ def _spent(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
             totals[key] = before[key] + row[key] if key in row else totals[key]
         found.append({"step": float(step), "seconds": seconds, **totals})
     return found
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-zA-Z0-9.]+", "-", name).strip("-.") or "method"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
-
-from posttrain.compress.method import Compression
+from posttrain.compress.calibrate import Text, Texts, streams, whole_sequences
+from posttrain.compress.measure import mean_error
+from posttrain.compress.method import Calibrated, Compression
 from posttrain.compress.policy import CompressedPolicy, compressed_copy
 from posttrain.compress.walk import Batch
 from posttrain.evaluation.perplexity import predict
+from posttrain.lab import text
+from posttrain.lab.models import ModelSpec
+from posttrain.lab.presets import PRESETS
 from posttrain.models.causal import CausalPolicy
 from posttrain.studies.arms import heldout_figures
 from posttrain.studies.study import Arm, Measured
@@ -18,7 +21,6 @@ from posttrain.trajectory import Group
 
 MODELS = 3  # seeds of the lab model; building one takes about a minute and a half, once
 FLOAT_BITS = 32.0
-TOKENS_A_BATCH = 4096
 QUICK: dict[str, int] = {"models": 1, "samples": 8, "rows": 8, "problems": 8}
 
 Prepare = Callable[[CausalPolicy, int], CausalPolicy]
@@ -108,7 +110,6 @@ def run_compressed(
 ) -> Measured:
     """See `compressed`; `model` is the preset's key in the lab."""
     from posttrain import lab
-    from posttrain.lab import text
 
     if quick:
         models, samples, rows, problems = (QUICK[k] for k in ("models", "samples", "rows", "problems"))
@@ -123,7 +124,7 @@ def run_compressed(
         small: CausalPolicy = policy
         float_perplexity, seconds, tokens = found.perplexity, 0.0, 0
     else:
-        batches = rows_of_equal_length(text.fresh(spec, samples, seed))
+        batches = whole_sequences(text.fresh(spec, samples, seed))
         small = compressed_copy(policy, method, batches, skip=skip, seed=seed)
         done = small.compression
         found = predict(small, unseen, of=policy)
@@ -132,7 +133,7 @@ def run_compressed(
             "perplexity": found.perplexity,
             "kl": found.divergence,
             "bits": done.bits,
-            "error": sum(layer.error for layer in done.layers) / len(done.layers),
+            "error": mean_error(small),
             "seconds": done.seconds,
         }
         float_perplexity, seconds = found.other.perplexity, done.seconds
@@ -144,18 +145,38 @@ def run_compressed(
     return Measured(figures, seconds=seconds, tokens=tokens)
 
 
-def rows_of_equal_length(groups: Iterable[Group]) -> list[Batch]:
-    """Calibration batches of whole sequences, those of one length together, so that nothing is padded."""
-    by_length: dict[int, list[torch.Tensor]] = {}
-    for group in groups:
-        for trajectory in group.trajectories:
-            by_length.setdefault(trajectory.length, []).append(trajectory.tokens)
-    return [
-        {"input_ids": torch.stack(part), "use_cache": False}
-        for length in sorted(by_length)
-        for part in _parts(by_length[length], max(1, TOKENS_A_BATCH // length))
-    ]
+@dataclass(frozen=True)
+class LabText:
+    """What a lab model was trained on, drawn anew, and the same from beyond the held-out border (`Texts`)."""
+
+    spec: ModelSpec
+    rows: int = 200
+
+    @property
+    def calibrated_on(self) -> str:
+        return f"text of the worlds of {self.spec.name}"
+
+    @property
+    def measured_on(self) -> str:
+        return "the same from beyond the held-out border"
+
+    def batches(self, policy: CausalPolicy, much: Calibrated, seed: int) -> list[Batch]:
+        """`samples` whole rows; they are as long as they are."""
+        return whole_sequences(text.fresh(self.spec, much.samples, seed))
+
+    def unseen(self, policy: CausalPolicy, length: int) -> list[Group]:
+        return text.heldout(self.spec, self.rows)
 
 
-def _parts(rows: Sequence[torch.Tensor], size: int) -> Iterable[list[Any]]:
-    return (list(rows[i : i + size]) for i in range(0, len(rows), size))
+def texts_for(policy: CausalPolicy, source: Text | None = None, measured: Text | None = None) -> Texts:
+    """What a policy is calibrated on and measured on: as given, else what the lab makes.
+
+    That is for a model of the lab what it was trained on, and for any other problems of many worlds with their
+    solutions as plain text.
+    """
+    name, _, _ = policy.name.removeprefix("lab:").partition("@")
+    if source is None and measured is None and policy.name.startswith("lab:") and name in PRESETS:
+        return LabText(PRESETS[name])
+    if source is None:
+        return streams(policy, text.plain(), measured, "problems of the lab with their solutions")
+    return streams(policy, source, measured)
