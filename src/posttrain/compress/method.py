@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torch import nn
 
 from posttrain.compress.activations.quantizer import Activations
 from posttrain.compress.allocate import Allocation
 from posttrain.compress.solvers.solver import Solver
 from posttrain.compress.transforms.transform import Transform
+from posttrain.compress.walk import Batch
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,10 @@ class Calibrated:
 
     samples: int = 64
     length: int = 512
+
+    def chosen(self, model: nn.Module, given: Sequence[Batch], seed: int) -> Sequence[Batch]:
+        """What a float model is calibrated on: the batches that were given, unless a method makes others of them."""
+        return given
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from torch import nn
 
+from posttrain.compress.packed.linear import TransformedLinear
 from posttrain.trajectory import PosttrainError
 
 
@@ -46,8 +48,13 @@ def linears(block: nn.Module, prefix: str = "", skip: Sequence[str] = ()) -> dic
     return {
         name: module
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and not skipped(f"{prefix}.{name}" if prefix else name, skip)
+        if _multiplies(module) and not skipped(f"{prefix}.{name}" if prefix else name, skip)
     }
+
+
+def _multiplies(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it is a linear layer and nothing more: a router that is one too (Llama 4's) gives other outputs."""
+    return isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, TransformedLinear.forward)
 
 
 def skipped(name: str, patterns: Sequence[str]) -> bool:

@@ -7,6 +7,7 @@ for them also as it was (`float_inputs`), so that errors can be corrected or not
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.experts import routed_inputs, shown_all, together
 from posttrain.compress.moments import InputMoments
 from posttrain.compress.packed.inputs import InputStep, chain
 from posttrain.compress.packed.linear import PackedLinear, TransformedLinear
@@ -45,6 +47,7 @@ class Block:
     inputs: its calls with the hidden states that the compressed prefix gives; float_inputs: those of the float model.
     linears: the layers to compress, by name in the block, in the order in which they run.
     stages: their names, those that share an input together, in the order in which they run.
+    phases: the stages, with those of the experts of a mixture joined, since experts run beside each other.
     bits: by a layer's name in the block, where an allocation says other than the grid.
     quantizers: by a layer's name, the step that rounds its inputs once it is packed.
     """
@@ -64,6 +67,7 @@ class Block:
         """Look at the linear layers anew, after a transform changed the block."""
         found = linears(self.module, self.name, self._skip)
         self.stages = _stages(self.module, found, self.inputs[0])
+        self.phases = together(self.module, self.stages)
         self.linears = {name: found[name] for stage in self.stages for name in stage}
 
     @torch.no_grad()
@@ -86,12 +90,16 @@ class Block:
         keep: int = 0,
         calls: Sequence[Call] | None = None,
         weights: Callable[[int], Tensor] | None = None,
+        weights_at: Callable[[str], Tensor] | None = None,
     ) -> dict[str, InputMoments]:
         """Statistics of the inputs of some of its linear layers, as the weights meet them. Layers that share an input
         share one object.
 
-        keep: how many token vectors are kept. weights: of the tokens of call i, flat, where they do not count alike.
+        keep: how many token vectors are kept. weights: of the tokens of call i, flat, where they do not count alike;
+        weights_at: instead, of the tokens that a layer meets right now (of layers that share an input, the first is
+        asked). Experts that no token is sent to are calibrated on all tokens of their layer, and a warning names them.
         """
+        calls = self.inputs if calls is None else calls
         stages = [part for stage in self.stages for part in self._alike([n for n in stage if n in names])]
         heads = {stage[0]: stage for stage in stages if stage}
         made = {n: InputMoments(self.linears[n].in_features, gram=gram, keep=keep, seed=self.seed) for n in heads}
@@ -100,17 +108,30 @@ class Block:
         def watch(name: str) -> Callable[..., None]:
             def seen(module: nn.Module, given: tuple[Tensor, ...]) -> None:
                 met = module.inputs(given[0]) if isinstance(module, TransformedLinear) else given[0]
-                made[name].add(met, weights(current) if weights is not None else None)
+                count = weights_at(name) if weights_at is not None else None
+                if weights is not None:
+                    count, sent = weights(current), routed_inputs(self.module, name)
+                    count = count.flatten() if sent is None else count.flatten()[sent.tokens]
+                made[name].add(met, count)
 
             return seen
 
-        hooks = [self.module.get_submodule(n).register_forward_pre_hook(watch(n)) for n in heads]
-        try:
-            for current, call in enumerate(self.inputs if calls is None else calls):  # noqa: B007
-                run(self.module, call)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        def collect(watched: Sequence[str]) -> None:
+            nonlocal current
+            hooks = [self.module.get_submodule(n).register_forward_pre_hook(watch(n)) for n in watched]
+            try:
+                for current, call in enumerate(calls):  # noqa: B007
+                    run(self.module, call)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+
+        collect(list(heads))
+        with shown_all(self.module, [n for n in heads if made[n].count == 0]) as unreached:
+            if unreached:
+                told = ", ".join(f"{self.name}.{n}" for n in unreached)
+                warnings.warn(f"no calibration token reached {told}; calibrated on all tokens instead", stacklevel=2)
+                collect(unreached)
         return {name: made[head] for head, stage in heads.items() for name in stage}
 
     def _alike(self, names: list[str]) -> list[list[str]]:
@@ -154,6 +175,7 @@ class Walk:
         if not batches:
             raise PosttrainError("calibration is empty; expected at least one sequence of text")
         self.model, self.stack, self.skip, self.bits, self.seed = model, stack, skip, bits or {}, seed
+        self.batches = batches
         self.keeps_float = keeps_float
         self._calls = captured(model, stack, batches)  # [block][batch]: hidden states of the first block alone
 
@@ -183,14 +205,16 @@ class _Seen(Exception):
 @torch.no_grad()
 def captured(model: nn.Module, stack: Stack, batches: Sequence[Batch]) -> list[list[Call]]:
     """`[block][batch]` the calls of every block, with the hidden states of the first and empty ones for the others."""
+    from transformers.cache_utils import Cache
+
     calls: list[list[Call]] = [[] for _ in stack.blocks]
 
     def watch(index: int) -> Callable[..., None]:
         def seen(module: nn.Module, given: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            keywords = {
-                k: v for k, v in keywords.items() if k not in ("past_key_values", "past_key_value", "use_cache")
-            }
+            # a cache that a call fills would be there, full, in the next one
+            keywords = {k: v for k, v in keywords.items() if k != "use_cache" and not isinstance(v, Cache)}
             first, *rest = given or (keywords.pop("hidden_states"),)
+            rest = [None if isinstance(v, Cache) else v for v in rest]
             calls[index].append(Call(first if index == 0 else first[:0], tuple(rest), keywords))
             if index == len(calls) - 1:
                 raise _Seen

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.compress.moments import InputMoments
 from posttrain.compress.packed.weight import PackedWeight
@@ -77,13 +77,18 @@ class LayerSolver(Solver):
         """
 
     def solve_block(self, block: Block) -> None:
-        stages = block.stages if self.sequential else [[name for stage in block.stages for name in stage]]
+        stages = block.phases if self.sequential else [[name for stage in block.stages for name in stage]]
         for stage in stages:
             moments = self.statistics(block, stage) if self.uses_data else {}
             for name in stage:
-                weight = checked(block.linears[name].weight.detach().float(), f"{block.name}.{name}")
-                found = self.solve(weight, moments.get(name), block.bits.get(name), f"{block.name}.{name}")
-                block.install(name, found)
+                given = (moments.get(name), block.bits.get(name), f"{block.name}.{name}")
+                block.install(name, self.solve_linear(block.linears[name], *given))
+
+    def solve_linear(
+        self, linear: nn.Linear, moments: InputMoments | None, bits: float | None, name: str
+    ) -> PackedWeight:
+        """As `solve`, for solvers that look at the bias too."""
+        return self.solve(checked(linear.weight.detach().float(), name), moments, bits, name)
 
     def statistics(self, block: Block, stage: list[str]) -> dict[str, InputMoments]:
         return block.moments(stage, keep=self.keep)

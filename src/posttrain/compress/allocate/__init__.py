@@ -1,0 +1,5 @@
+"""Which layer gets how many bits."""
+
+from posttrain.compress.allocate.allocation import Allocation
+
+__all__ = ["Allocation"]
