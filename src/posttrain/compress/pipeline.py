@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from posttrain.compress.experts import unfuse
 from posttrain.compress.method import Compression
 from posttrain.compress.packed.linear import PackedLinear
 from posttrain.compress.stacks import check_patterns, linears, stacks, whole_names
@@ -51,9 +52,11 @@ def compress_model(
 
     batches: calibration, the keyword arguments of a forward pass each (`{"input_ids": ...}`, `{"pixel_values": ...}`).
     skip: patterns of layers to leave as they are, beside the method's. progress: of blocks.
+    Fused experts of a mixture are taken apart first (`experts.unfuse`), so that they are linear layers as any others.
     The vocabulary projection, embeddings and norms stay as they are: they stand in no block.
     """
     begun = time.perf_counter()
+    unfuse(model)
     check(model, method, skip)
     patterns = (*method.skip, *skip)
     was_training = model.training
@@ -82,6 +85,7 @@ def check(model: nn.Module, method: Compression, skip: Sequence[str] = ()) -> No
 def _compress(
     model: nn.Module, method: Compression, batches: Sequence[Batch], skip: Sequence[str], seed: int, progress: Progress
 ) -> Summary:
+    batches = method.calibration.chosen(model, batches, seed)
     for transform in method.transforms:
         transform.apply_to_model(model)
     found = stacks(model)
@@ -125,8 +129,8 @@ def _fit_activations(block: Block, method: Compression) -> None:
     names = list(block.linears)
     moments = block.moments(names, gram=False, keep=512) if method.activations.uses_data else {}
     for name in names:
-        layer = block.linears[name]
-        block.quantizers[name] = method.activations.fit(moments.get(name), layer.in_features, f"{block.name}.{name}")
+        layer, whole = block.linears[name], f"{block.name}.{name}"
+        block.quantizers[name] = method.activations.fit_layer(moments.get(name), layer, whole)
 
 
 def _summary(name: str, module: nn.Module, before: torch.Tensor) -> LayerSummary:

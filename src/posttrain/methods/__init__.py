@@ -43,6 +43,7 @@ from posttrain.methods.sampling import reinforce_ada
 from posttrain.methods.self_play import eva
 from posttrain.methods.self_training import mm_upt, sapo
 from posttrain.methods.supervised import asft, dft, raft, sft
+from posttrain.methods.transforms import awq, crossquant, os_plus, quarot, smoothquant
 from posttrain.methods.zero import expert_iteration, process_grpo, zero_rl
 from posttrain.training.method import Method, Pipeline
 
@@ -54,10 +55,12 @@ __all__ = [
     "apo_down",
     "apo_zero",
     "asft",
+    "awq",
     "chord",
     "chord_phi",
     "cispo",
     "clip_cov",
+    "crossquant",
     "curr_reft",
     "dapo",
     "darling",
@@ -93,10 +96,12 @@ __all__ = [
     "noisy_rewards",
     "opo",
     "orpo",
+    "os_plus",
     "otb",
     "ppo",
     "prefix_rft",
     "process_grpo",
+    "quarot",
     "raft",
     "recap",
     "registered",
@@ -117,6 +122,7 @@ __all__ = [
     "sapo",
     "sft",
     "simpo",
+    "smoothquant",
     "srft",
     "st_ppo",
     "thinktuning",
