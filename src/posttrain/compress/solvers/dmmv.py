@@ -34,7 +34,7 @@ class LeastLargestError(LayerSolver):
     """
 
     start: LayerSolver = field(default_factory=GPTQ)
-    tokens: int = 512
+    tokens: int = 2048
     weighting: Weighting = "norm"
     search: Search = field(default_factory=Search)
 
