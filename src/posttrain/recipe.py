@@ -5,18 +5,13 @@ Every mistake (unknown key or method, wrong type, missing part) is one line that
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError
+from pydantic import BaseModel, ConfigDict, StrictBool
 
 from posttrain.data.formats import parse
 from posttrain.data.rows import BadRow
@@ -25,15 +20,30 @@ from posttrain.evaluation.task import Task
 from posttrain.evaluation.tasks import task_from
 from posttrain.methods.registry import Entry, find
 from posttrain.objective.advantage import DecoupledGroupNormalised, GroupNormalised, LeaveOneOut
+from posttrain.recipe_compress import (
+    SPELLINGS,
+    CompressSpec,
+    check_compress,
+    chosen_method,
+    compress_spec,
+    refuse_after,
+)
 from posttrain.recipe_text import Place, RecipeError, Where, override, read_yaml
+from posttrain.recipe_values import (
+    Amount,
+    Count,
+    arguments_of,
+    checked,
+    checked_settings,
+    known_keys,
+    listed,
+    mistakes_at,
+    named_in,
+)
 from posttrain.reward.reward import reward_from
-from posttrain.training.duration import in_seconds
 from posttrain.training.method import Method, Pipeline, stages_of
-from posttrain.training.settings import NAMES, Settings
+from posttrain.training.settings import NAMES
 from posttrain.trajectory import PosttrainError
-
-Count = Annotated[int, Field(strict=True, ge=1)]
-Amount = Annotated[float, Field(strict=True, ge=0)]
 
 
 class ModelSpec(BaseModel):
@@ -108,7 +118,7 @@ class Recipe:
     """A checked recipe. task: what `task_from` takes; output: the run folder; where: its places, for messages."""
 
     model: ModelSpec
-    stages: tuple[StageSpec, ...]
+    stages: tuple[StageSpec | CompressSpec, ...]
     task: Any = None
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
     seed: int = 0
@@ -123,18 +133,21 @@ class Recipe:
             return task_from(self.task)
         except PosttrainError as error:
             options = self.task if isinstance(self.task, Mapping) else {}
-            raise self.where.error(("task", *_named_in(error, options)), str(error)) from None
+            raise self.where.error(("task", *named_in(error, options)), str(error)) from None
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out; as YAML it runs the same."""
         stages = []
         for stage in self.stages:
+            if isinstance(stage, CompressSpec):
+                stages.append(stage.resolved())
+                continue
             origin = stage.origin
             if origin is not None:  # its stages have settings of their own, which only the pipeline's name stands for
                 if origin.index == 0:
-                    stages.append({origin.name: _listed({**origin.arguments, **stage.given})})
+                    stages.append({origin.name: listed({**origin.arguments, **stage.given})})
                 continue
-            body = _listed({**stage.method.arguments, **stage.method.settings.as_dict()})
+            body = listed({**stage.method.arguments, **stage.method.settings.as_dict()})
             if stage.data is not None:
                 body["data"] = stage.data.model_dump(exclude_none=True)
             if stage.reward is not None:
@@ -148,11 +161,6 @@ class Recipe:
             "evaluate": self.evaluate.model_dump(exclude_none=True),
             "seed": self.seed,
         }
-
-
-def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With lists in the place of tuples, as YAML has them."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 KEYS = ("model", "task", "stages", "evaluate", "seed", "output")
@@ -180,7 +188,7 @@ def parse_recipe(values: Any, where: Where | None = None) -> Recipe:
     where = where or Where()
     if not isinstance(values, Mapping):
         raise where.error((), f"got {type(values).__name__}; expected a mapping with model, task and stages")
-    _known(values, KEYS, (), where)
+    known_keys(values, KEYS, (), where)
     if "model" not in values:
         raise where.error((), "model is missing; expected a bundled name, folder, GGUF file or hub id")
     if "stages" not in values:
@@ -219,25 +227,33 @@ def check(recipe: Recipe) -> None:
     if spec.samples > 1 and spec.temperature == 0:
         raise where.error(("evaluate", "temperature"), f"{spec.samples} samples at temperature 0 are all the same")
     for i, stage in enumerate(recipe.stages):
-        name, needs = stage.method.name, stage.method.data
-        place: Place = stage.place or ("stages", i, name)
-        if stage.data is None and needs in ("preferences", "feedback"):
-            raise where.error(place[:2], f"{name} learns from {needs}; give the stage data: FILE")
-        if stage.data is None and recipe.task is None:
-            raise where.error(place[:2], f"{name} has nothing to train on; give a task, or the stage data: FILE")
-        if needs == "prompts" and stage.reward is None and recipe.task is None:
-            raise where.error(place[:2], f"{name} needs a reward; give a task, or the stage reward: NAME")
-        if stage.method.online and stage.method.settings.group < 2 and _compares_group(stage.method):
-            raise where.error(
-                (*place, "group"), f"{name} compares completions of a prompt; group is 1, expected 2 or more"
-            )
-        try:
-            if stage.reward is not None:
-                reward_from(stage.reward)
-        except PosttrainError as error:
-            raise where.error((*place, "reward"), str(error)) from None
-        if stage.data is not None:
-            _peek(stage.data, stage.method, (*place, "data"), where)
+        place: Place = stage.place or ("stages", i, stage.method.name)
+        for before in recipe.stages[:i]:
+            if isinstance(before, CompressSpec):
+                refuse_after(stage.method.name, before, place[:2], where, trains=isinstance(stage, StageSpec))
+        if isinstance(stage, CompressSpec):
+            check_compress(stage, where, with_task=recipe.task is not None)
+        else:
+            _check_training(stage, place, where, with_task=recipe.task is not None)
+
+
+def _check_training(stage: StageSpec, place: Place, where: Where, *, with_task: bool) -> None:
+    name, needs = stage.method.name, stage.method.data
+    if stage.data is None and needs in ("preferences", "feedback"):
+        raise where.error(place[:2], f"{name} learns from {needs}; give the stage data: FILE")
+    if stage.data is None and not with_task:
+        raise where.error(place[:2], f"{name} has nothing to train on; give a task, or the stage data: FILE")
+    if needs == "prompts" and stage.reward is None and not with_task:
+        raise where.error(place[:2], f"{name} needs a reward; give a task, or the stage reward: NAME")
+    if stage.method.online and stage.method.settings.group < 2 and _compares_group(stage.method):
+        raise where.error((*place, "group"), f"{name} compares completions of a prompt; group is 1, expected 2 or more")
+    try:
+        if stage.reward is not None:
+            reward_from(stage.reward)
+    except PosttrainError as error:
+        raise where.error((*place, "reward"), str(error)) from None
+    if stage.data is not None:
+        _peek(stage.data, stage.method, (*place, "data"), where)
 
 
 def _check_device(device: str | None, where: Where) -> None:
@@ -281,7 +297,7 @@ def _is_file(source: str) -> bool:
     return path.is_file() or path.name.lower().removesuffix(".gz").endswith(EXTENSIONS)
 
 
-def _stages(value: Any, place: Place, where: Where, *, with_task: bool) -> tuple[StageSpec, ...]:
+def _stages(value: Any, place: Place, where: Where, *, with_task: bool) -> tuple[StageSpec | CompressSpec, ...]:
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:
@@ -289,12 +305,18 @@ def _stages(value: Any, place: Place, where: Where, *, with_task: bool) -> tuple
         raise where.error(place, f"got {got}; expected one method with its settings, as in grpo: {{steps: 60}}")
     ((name, body),) = value.items()
     place = (*place, str(name))
+    if name in SPELLINGS:
+        entry, given = chosen_method(str(name), body, place, where)
+        return (compress_spec(entry, given, place, where),)
     try:
         entry = find(str(name))
     except PosttrainError as error:
         raise where.error(place, str(error)) from None
     if body is not None and not isinstance(body, Mapping):
-        raise where.error(place, f"{name} is {body!r}; expected settings, as in {{steps: 60}}")
+        example = "{bits: 4}" if entry.kind == "compression" else "{steps: 60}"
+        raise where.error(place, f"{name} is {body!r}; expected settings, as in {example}")
+    if entry.kind == "compression":
+        return (compress_spec(entry, dict(body or {}), place, where),)
     return stage_specs(entry, dict(body or {}), place, where, with_task=with_task)
 
 
@@ -307,19 +329,16 @@ def stage_specs(
     (of that kind, where one is told; without a task for the others too), a reward for those that sample.
     """
     where = where or Where()
-    _known(given, (*entry.parameters, *NAMES, *STAGE_KEYS), place, where)
-    hints = get_type_hints(inspect.unwrap(entry.function))
-    arguments = {k: _typed(hints.get(k, Any), v, (*place, k), where) for k, v in given.items() if k in entry.parameters}
+    known_keys(given, (*entry.parameters, *NAMES, *STAGE_KEYS), place, where)
+    arguments = arguments_of(entry, given, place, where)
     own = {k: v for k, v in given.items() if k in NAMES and k not in entry.parameters}
     settings = checked_settings(own, place, where)
     data = given.get("data")
     if data is not None:
         data = checked(DataSpec, data if isinstance(data, Mapping) else {"source": data}, (*place, "data"), where)
-    try:
+    with mistakes_at(place, given, where):
         made = entry.function(**arguments)
         methods = [method.with_settings(**settings) for method in stages_of(made)]
-    except (PosttrainError, ValueError) as error:
-        raise where.error((*place, *_named_in(error, given)), str(error)) from None
     reward = given.get("reward")
     if reward is not None and not any(method.online for method in methods):
         kinds = " and ".join(dict.fromkeys(method.data for method in methods))
@@ -344,91 +363,3 @@ def stage_specs(
 def _is_for(data: DataSpec, method: Method, with_task: bool) -> bool:
     """Whether a stage of a pipeline takes the rows that the pipeline was given."""
     return data.kind == method.data if data.kind is not None else not (method.online and with_task)
-
-
-def _named_in(error: Exception, given: Mapping[Any, Any]) -> Place:
-    """The key among `given` that an error speaks of, as the end of a place; nothing where it speaks of none."""
-    return next(((str(k),) for k in given if re.search(rf"\b{re.escape(str(k))}\b", str(error))), ())
-
-
-def checked_settings(given: Mapping[str, Any], place: Place = (), where: Where | None = None) -> dict[str, Any]:
-    """Settings of a stage with their types checked; a budget may be text."""
-    where = where or Where()
-    _known(given, NAMES, place, where)
-    hints = get_type_hints(Settings)
-    values = {k: seconds(v, (*place, k), where) if k == "budget" and v is not None else v for k, v in given.items()}
-    values = {k: _typed(hints[k], v, (*place, k), where) for k, v in values.items()}
-    for key in ("epochs", "budget"):
-        if values.get(key) == 0:
-            raise where.error((*place, key), f"{key} is 0; expected more (nothing would be trained)")
-    return values
-
-
-def seconds(value: Any, place: Place = (), where: Where | None = None) -> float:
-    """A duration: seconds as a number, or text such as 90s, 10m, 1.5h."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    found = in_seconds(str(value))
-    if found is None:
-        raise (where or Where()).error(place, f"budget is {value!r}; expected a duration such as 90s, 10m or 1h")
-    return found
-
-
-def _known(given: Mapping[Any, Any], known: Sequence[str], place: Place, where: Where) -> None:
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise where.error((*place, str(key)), f"unknown key {key!r}; {hint}")
-
-
-def _typed(hint: Any, value: Any, place: Place, where: Where) -> Any:
-    """The value, which must already be of the type (a whole number will do for a fraction, a list for a tuple)."""
-    if isinstance(value, list) and any(get_origin(kind) is tuple for kind in (hint, *get_args(hint))):
-        value = tuple(value)
-    kinds = [kind for kind in _alternatives(hint) if _in_yaml(kind)]
-    if not kinds:
-        raise where.error(place, f"{place[-1]} is {value!r}; it can only be given in Python")
-    known: Any = Union[tuple(kinds)]  # noqa: UP007 (made at run time)
-    try:
-        return TypeAdapter(known).validate_python(value, strict=True)
-    except ValidationError as error:
-        raise where.error(place, f"{place[-1]} is {value!r}; {_reason(error)}") from None
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _in_yaml(kind: Any) -> bool:
-    """Whether YAML can say a value of the type: one of its own types, not an object such as a loaded policy."""
-    try:
-        TypeAdapter(kind)
-    except PydanticSchemaGenerationError:
-        return False
-    return True
-
-
-def checked(kind: type[Any], value: Any, place: Place, where: Where) -> Any:
-    if not isinstance(value, Mapping):
-        raise where.error(place, f"{place[-1]} is {value!r}; expected a mapping with {', '.join(kind.model_fields)}")
-    _known(value, tuple(kind.model_fields), place, where)
-    try:
-        return kind(**value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "missing":
-            raise where.error(place, f"{first['loc'][-1]} is missing in {place[-1]}") from None
-        inner, found = [], value
-        for key in first["loc"]:  # which also names the members of a union: those are no keys
-            if not (key in found if isinstance(found, Mapping) else isinstance(found, list) and isinstance(key, int)):
-                break
-            inner.append(key)
-            found = found[key]
-        name = ".".join(map(str, inner)) or str(place[-1])
-        raise where.error((*place, *inner), f"{name} is {found!r}; {_reason(error)}") from None
-
-
-def _reason(error: ValidationError) -> str:
-    message = str(error.errors()[0]["msg"])
-    return message[0].lower() + message[1:]

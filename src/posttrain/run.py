@@ -27,10 +27,12 @@ from posttrain.models.adapters import add_lora
 from posttrain.models.causal import CausalPolicy
 from posttrain.models.load import load
 from posttrain.recipe import Recipe, StageSpec
+from posttrain.recipe_compress import CompressSpec
 from posttrain.report import build
 from posttrain.reward.reward import reward_from
 from posttrain.rollout.engine import Progress
 from posttrain.rollout.engine_choice import engine_for
+from posttrain.run_compress import check_stage, compress_stage, in_words
 from posttrain.run_folder import FAILED, RunFolder, now
 from posttrain.terminal import Counter, printable
 from posttrain.training.collect import Offline, Online, Source
@@ -163,11 +165,15 @@ class _Execution:
         if self.task is not None and not self.task.multiple_choice and done < last:
             prompts = self.task.prompts(policy.tokenizer, "heldout", self.recipe.evaluate.holdout)
             _check_lengths("held-out problems", [len(p.tokens) + 1 for p in prompts], policy.max_length)
+        for stage in self.recipe.stages[done + 1 :]:
+            if isinstance(stage, CompressSpec):
+                check_stage(stage, policy, self.task)
         if done < 0 and self.recipe.evaluate.before:
             self._evaluate(policy, -1, "before")
         for i in range(last + 1):
             if i > done:
-                with self.stop.patiently():
+                packs = isinstance(self.recipe.stages[i], CompressSpec)
+                with self.stop.patiently("this block" if packs else "this step, with a checkpoint"):
                     policy = self._stage(i, policy)
                     self.memory.save_model(policy, i)
                 if self.stop():
@@ -200,19 +206,21 @@ class _Execution:
     # -- stages ------------------------------------------------------------------------------------------------------
 
     def _stage(self, i: int, policy: CausalPolicy) -> CausalPolicy:
-        """Train one stage; an adapter is merged at its end, and taken off where the stage does not reach it."""
+        """Carry out one stage; an adapter is merged at its end, and taken off where the stage does not reach it."""
         from transformers import set_seed
 
-        settings = self.recipe.stages[i].method.settings
+        stage = self.recipe.stages[i]
         # of torch, numpy and Python, since a user's reward may draw from any
         set_seed((self.recipe.seed * 1_000 + i) % (1 << 32))
-        if not settings.lora:
+        if isinstance(stage, CompressSpec):
+            return self._compress(i, stage, policy)
+        if not stage.method.settings.lora:
             policy.model.requires_grad_(True)
-            self._train(i, policy)
+            self._train(i, stage, policy)
             return policy
-        adapted = add_lora(policy, rank=settings.lora, seed=self.recipe.seed)
+        adapted = add_lora(policy, rank=stage.method.settings.lora, seed=self.recipe.seed)
         try:
-            self._train(i, adapted)
+            self._train(i, stage, adapted)
         except BaseException:
             adapted.model.unload()
             raise
@@ -220,8 +228,29 @@ class _Execution:
         merged._packs = adapted._packs
         return merged
 
-    def _train(self, i: int, policy: CausalPolicy) -> None:
-        stage = self.recipe.stages[i]
+    def _compress(self, i: int, stage: CompressSpec, policy: CausalPolicy) -> CausalPolicy:
+        """The policy compressed; stopped or killed midway, the stage starts again from the model before it."""
+        name = stage.method.name
+        begun = time.perf_counter()
+        with Counter(f"{name}: blocks", "blocks", show=self.show) as counter:
+
+            def progress(done: int, total: int) -> None:
+                counter(done, total)
+                if self.stop() and done < total:
+                    raise Interrupted(
+                        f"stopped at block {done} of {total} of {name}, which starts again; "
+                        f"{_how_to_go_on(self.memory.path)}"
+                    )
+
+            made, record = compress_stage(stage, policy, self.task, self.recipe.seed, progress)
+        seconds = round(time.perf_counter() - begun, 2)
+        self.memory.values["stages"][i] |= {"compression": record, "seconds": seconds}
+        self.memory.note(in_words(record))
+        self.memory.save()
+        self.say(f"{in_words(record)}; in {seconds:.0f} s")
+        return made
+
+    def _train(self, i: int, stage: StageSpec, policy: CausalPolicy) -> None:
         name = stage.method.name
         source, heldout = self._source(i, stage, policy)
         total = stage.method.settings.total_steps(source.rows)
@@ -364,25 +393,26 @@ class _Stop:
     """
 
     def __init__(self, say: Say) -> None:
-        self.say, self.asked, self.patient, self.interrupted = say, False, False, False
+        self.say, self.asked, self.interrupted = say, False, False
+        self.until = ""  # what the work at hand goes on to, if it is patient
 
     def __call__(self) -> bool:
         return self.asked
 
     def signalled(self, number: int, frame: object) -> None:
-        if self.asked or not self.patient:
+        if self.asked or not self.until:
             self.interrupted = True
             raise KeyboardInterrupt
         self.asked = True
-        self.say("stopping after this step, with a checkpoint (press Ctrl-C again to stop at once)")
+        self.say(f"stopping after {self.until} (press Ctrl-C again to stop at once)")
 
     @contextmanager
-    def patiently(self) -> Iterator[None]:
-        self.patient = True
+    def patiently(self, until: str) -> Iterator[None]:
+        self.until = until
         try:
             yield
         finally:
-            self.patient = False
+            self.until = ""
 
 
 @contextmanager

@@ -22,15 +22,18 @@ from typing import Any
 import torch
 import yaml
 
+from posttrain.compress.method import Compression
 from posttrain.evaluation.evaluation import Evaluation
 from posttrain.evaluation.statistics import Paired
 from posttrain.evaluation.task import Task
 from posttrain.methods.parts import parts_of
 from posttrain.methods.registry import find
 from posttrain.models.causal import CausalPolicy
-from posttrain.recipe import Recipe
+from posttrain.recipe import Recipe, StageSpec
+from posttrain.recipe_compress import CompressSpec
 from posttrain.reward.reward import Reward
 from posttrain.training.checkpoint import sync, write_text
+from posttrain.training.method import Method
 from posttrain.training.track import SAMPLES, json_lines, sample_row
 from posttrain.trajectory import Group, PosttrainError, Prompt
 
@@ -80,11 +83,7 @@ class RunFolder:
             task=task.name if task is not None else None,
             device=recipe.model.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             versions={p: version(p) for p in ("posttrain", "torch", "transformers", "peft", "datasets")},
-            stages=[
-                {"index": i, "name": s.method.name, "method": s.method.name,
-                 "kind": "online" if s.method.online else "offline", "steps": s.method.settings.steps}
-                for i, s in enumerate(recipe.stages)
-            ],
+            stages=[{"index": i, **_stage_row(stage)} for i, stage in enumerate(recipe.stages)],
             only_in_python=only_in_python(recipe),
             notes=[],
         )  # fmt: skip
@@ -219,6 +218,15 @@ class RunFolder:
         write_text(file, "".join([*kept, *(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)]))
 
 
+def _stage_row(stage: StageSpec | CompressSpec) -> Row:
+    """What `run.json` says of a stage before it begins."""
+    name = stage.method.name
+    if isinstance(stage, CompressSpec):
+        return {"name": name, "method": name, "kind": "compression", "steps": None}
+    kind = "online" if stage.method.online else "offline"
+    return {"name": name, "method": name, "kind": kind, "steps": stage.method.settings.steps}
+
+
 def _fingerprint(policy: CausalPolicy) -> str:
     """A digest of up to a thousand entries of every parameter."""
     digest = hashlib.blake2b(digest_size=16)
@@ -269,19 +277,34 @@ def only_in_python(recipe: Recipe) -> list[str]:
     """What of a recipe YAML cannot hold: objects and functions that were handed over in Python."""
     found = [] if recipe.task is None or isinstance(recipe.task, str | Mapping) else ["the task"]
     for stage in recipe.stages:
-        name = stage.method.name
-        if stage.reward is not None and plain(stage.reward) != stage.reward:
+        name, arguments = stage.method.name, _arguments(stage)
+        if isinstance(stage, StageSpec) and stage.reward is not None and plain(stage.reward) != stage.reward:
             found.append(f"the reward of {name}")
         try:
-            known = find(name).function(**stage.method.arguments) if stage.origin is None else stage.origin.method
+            known = _from_catalogue(stage)
         except PosttrainError:
             found.append(f"the method {name}")
             continue
         if parts_of(known) != parts_of(stage.method):  # as text: partial functions never equal each other
             found.append(f"the method {name}, changed")
-        arguments = stage.method.arguments if stage.origin is None else stage.origin.arguments
         found += [f"the argument {key} of {name}" for key, value in arguments.items() if not _in_yaml(value)]
     return found
+
+
+def _arguments(stage: StageSpec | CompressSpec) -> dict[str, Any]:
+    """What the recipe gives the stage's function, or that of the pipeline it belongs to."""
+    origin = stage.origin if isinstance(stage, StageSpec) else None
+    return stage.method.arguments if origin is None else origin.arguments
+
+
+def _from_catalogue(stage: StageSpec | CompressSpec) -> Method | Compression:
+    """The stage's method as its arguments make it, calibrated on as much as the stage says."""
+    if isinstance(stage, StageSpec) and stage.origin is not None:
+        return stage.origin.method
+    made: Method | Compression = find(stage.method.name).function(**stage.method.arguments)
+    if isinstance(stage, CompressSpec) and isinstance(made, Compression):
+        return made.replace(calibration=stage.method.calibration)
+    return made
 
 
 def _in_yaml(value: Any) -> bool:

@@ -47,6 +47,8 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str], studied: Path) -> None
     assert all(list(row) == KEYS for row in found)
     by_name = {row["name"]: row for row in found}
     assert (by_name["grpo"]["kind"], by_name["sft"]["kind"]) == ("online", "offline")
+    assert by_name["gptq"]["kind"] == "compression"
+    assert by_name["gptq"]["parts"]["solver"].startswith("GPTQ(")
     assert by_name["grpo"]["card"] == "046"
     assert by_name["dpo"]["card"] is None
     assert by_name["dpo"]["summary"] == "Direct preference optimisation."
@@ -190,6 +192,18 @@ def test_show(capsys: pytest.CaptureFixture[str], name: str, studied: Path) -> N
         "learns from: prompts",
         "verdict: none (no study of it has been run)",
     ]
+
+
+def test_show_a_compression(capsys: pytest.CaptureFixture[str]) -> None:
+    done = call(capsys, "methods", "show", "rtn")
+    lines = done.out.splitlines()
+    assert done.code == 0
+    assert lines[0].startswith("rtn(bits: int = 4, group: int = 128, zero: ")
+    assert "  calibration  Calibrated(samples=64, length=512)" in lines
+    assert "  transforms   none" in lines
+    assert "branch: 4.1q Quantization (after training, aware, FP8)" in lines
+    assert "kind: compression" in lines
+    assert not [line for line in lines if line.startswith(("learns from", "settings"))]
 
 
 def test_show_what_the_studies_found(capsys: pytest.CaptureFixture[str], studied: Path) -> None:

@@ -166,3 +166,12 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments:
     assert len(done.err.splitlines()) == 1
     assert done.error.startswith(f"error: {message}")
     assert [file.name for file in tmp_path.iterdir()] == ["list.yaml"]
+
+
+def test_what_compresses_is_for_another_command(capsys: pytest.CaptureFixture[str], executed: list) -> None:
+    done = call(capsys, "train", "m", "sft", "gptq", "--task", "chain_sum")
+    assert done.code == 1
+    assert done.error == (
+        "error: gptq compresses and does not train; use posttrain quantize, or make it the last stage of a recipe"
+    )
+    assert not executed

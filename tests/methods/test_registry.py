@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from posttrain import methods
-from posttrain.methods import Method, Pipeline, registry
+from posttrain.methods import Compression, Method, Pipeline, registry
 from posttrain.trajectory import PosttrainError
 
 
@@ -40,6 +40,23 @@ def test_a_published_recipe_of_several_stages() -> None:
     assert [stage.name for stage in entry.stages] == ["sft", "grpo"]
     assert [stage["method"] for stage in entry.parts["stages"]] == ["sft", "grpo"]
     assert cold_start(0.4).stages[1].arguments == {"clip": 0.4, "beta": 0.0}
+
+
+def test_a_compression() -> None:
+    @methods.method(family="quantization", name="my-own.2", card="000")
+    def my_own(bits: int = 3, ranges: tuple[int, ...] = (1, 2)) -> Compression:
+        """Something smaller."""
+        return methods.gptq(bits)
+
+    made = my_own(ranges=[3, 4])  # type: ignore[arg-type]
+    assert (made.name, made.arguments) == ("my-own.2", {"bits": 3, "ranges": (3, 4)})
+    assert made.solver == methods.gptq(3).solver
+    entry = methods.find("My_Own.2")
+    assert (entry.kind, entry.stages, entry.branch) == ("compression", (), "4.1q")
+    assert list(entry.parts) == ["transforms", "allocation", "solver", "activations", "calibration", "skip"]
+    assert entry.parts["solver"].startswith("GPTQ(sequential=True, grid=Uniform(bits=3, group=128, ")
+    assert entry.parts["transforms"] == entry.parts["allocation"] == entry.parts["activations"] == "none"
+    assert entry.parts["calibration"] == "Calibrated(samples=64, length=512)"
 
 
 def test_a_branch_of_its_own() -> None:

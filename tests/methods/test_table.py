@@ -20,14 +20,15 @@ from posttrain.trajectory import PosttrainError
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("page", ["unified-estimator.md", "choosing-a-method.md"])
+@pytest.mark.parametrize("page", ["unified-estimator.md", "choosing-a-method.md", "compression.md"])
 def test_the_tables_in_the_documentation_are_those_of_the_catalogue(page: str) -> None:
     written = (DOCS / page).read_text(encoding="utf-8")
     assert written == table.filled(written), "write them anew: python -m posttrain.methods.table"
 
 
 def test_the_pages_with_tables_are_found() -> None:
-    assert {"unified-estimator.md", "choosing-a-method.md"} <= {page.name for page in table.documents()}
+    pages = {page.name for page in table.documents()}
+    assert {"unified-estimator.md", "choosing-a-method.md", "compression.md"} <= pages
     held = "".join(page.read_text(encoding="utf-8") for page in table.documents())
     assert all(f"<!-- table: {name} -->" in held for name in table.TABLES)
 
@@ -98,6 +99,26 @@ def test_parts_by_kind_with_those_inside_of_others() -> None:
         ["", "`Undecided`"],
         ["rollouts", "`Plain`"],
     ]
+
+
+def test_compression_methods_are_in_a_table_of_their_own() -> None:
+    both = [entry("sft", methods.sft, "a"), entry("gptq", methods.gptq, "q", "000"),
+            entry("small", lambda: methods.rtn(2, 64), "q", "024")]  # fmt: skip
+    assert rows(table.compression_table(both)) == [
+        ["method", "card", "solver", "grid"],
+        ["**gptq**", "000", "`GPTQ`", "`Uniform`"],
+        ["**small**", "024", "`RoundToNearest`", "`Uniform(bits=2, group=64)`"],
+    ]
+    assert "gptq" not in table.methods_table(both)
+    assert "sft" in table.methods_table(both)
+    assert rows(table.parts_table(both)) == rows(table.parts_table(both[:1]))
+
+
+def test_parts_of_compression_and_the_formats() -> None:
+    found = [row[:2] for row in rows(table.compression_parts_table([entry("gptq", methods.gptq)]))]
+    assert found[1:3] == [["solver", "`GPTQ`"], ["grid", "`Uniform`"]]
+    assert "`UniformWeight`" in [name for _, name in found]
+    assert found[3][0] == "stored as"
 
 
 class Part:

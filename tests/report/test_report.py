@@ -117,6 +117,20 @@ def test_stages_come_from_the_metrics_where_run_json_names_none(tmp_path: Path):
     assert [s.label for s in folder.RunFolder(tmp_path, {}, metrics=metrics).stages] == ["sft", "grpo"]
 
 
+def test_what_a_stage_that_compresses_came_to(tmp_path: Path):
+    told = {"bits": 4.1562, "bytes_before": 84_100_000, "bytes_after": 23_400_000}
+    stages = [{"index": 0, "name": "gptq", "kind": "compression", "steps": None, "compression": told}]
+    found = folder.RunFolder(tmp_path, {"model": "m", "stages": stages})
+    assert [s.size for s in found.stages] == ["4.16 bits a weight, 84.1 → 23.4 MB"]
+    assert results.headline(found) == "m: compressed by gptq, without an evaluation"
+    text = without_scripts(page.render(found))
+    assert "<td>4.16 bits a weight, 84.1 → 23.4 MB</td>" in text
+    broken = {"index": 0, "name": "gptq", "compression": {"bits": "?"}}
+    other = folder.RunFolder(tmp_path, {"stages": [broken, {"name": "sft", "compression": 3}]})
+    assert [s.size for s in other.stages] == ["", ""]
+    assert '<th scope="col">size</th>' not in page.render(other)
+
+
 # Thinning
 
 

@@ -71,3 +71,10 @@ def test_pipelines_are_flat() -> None:
     one, two, three = methods.sft(), methods.dpo(), methods.grpo()
     assert stages_of((one >> two) >> three) == stages_of(one >> (two >> three)) == (one, two, three)
     assert stages_of(one) == (one,)
+
+
+def test_what_compresses_is_no_stage_of_training() -> None:
+    with pytest.raises(PosttrainError, match=r"^gptq does not train; expected a training method"):
+        stages_of(methods.gptq())  # type: ignore[arg-type]
+    with pytest.raises(PosttrainError, match=r"^gptq does not train"):
+        methods.sft() >> methods.gptq()  # type: ignore[operator]

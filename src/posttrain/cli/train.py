@@ -67,6 +67,7 @@ def train(
         [text for text in overrides or [] if "." not in text.partition("=")[0]],
     )  # fmt: skip
     entries = [find(name) for name in methods]
+    refuse_compressions(entries)
     stages, places = stages_with(entries, given)
     _add_sources(entries, stages, data, inline("--reward", reward) if reward else None, with_task=task is not None)
     values: dict[str, Any] = {"model": model, "stages": stages, "seed": seed}
@@ -78,6 +79,19 @@ def train(
     dotted = [text for text in overrides or [] if "." in text.partition("=")[0]]
     recipe = parse_recipe(*override(values, dotted, Where("", {}, places)))
     finish(execute(recipe, folder=output, command=command()))
+
+
+def refuse_compressions(entries: list[Entry]) -> None:
+    """A method that compresses is for another command."""
+    from posttrain.trajectory import PosttrainError
+
+    for entry in entries:
+        if entry.kind == "compression":
+            command = "prune" if entry.family == "sparsity" else "quantize"
+            raise PosttrainError(
+                f"{entry.name} compresses and does not train; use posttrain {command}, or make it the last stage of a "
+                f"recipe"
+            )
 
 
 def given_settings(shortcuts: dict[str, Any], assignments: list[str]) -> Given:

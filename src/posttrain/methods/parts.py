@@ -42,7 +42,7 @@ def beside(method: Method, *, brief: bool = False) -> dict[str, str]:
 
 def fields_beside() -> dict[str, Any]:
     """What a method may have beside its objective, data and settings, with what a plain method has there."""
-    return {f.name: _default(f) for f in dataclasses.fields(Method) if f.name not in TOLD_ELSEWHERE}
+    return {f.name: default_of(f) for f in dataclasses.fields(Method) if f.name not in TOLD_ELSEWHERE}
 
 
 def objectives_of(made: Method | Pipeline | Compression) -> list[Objective]:
@@ -105,7 +105,7 @@ def _call(part: Any, brief: bool) -> str:
     """A dataclass as a call. Briefly: without brackets where nothing was given, without the name of what had to be."""
     given = []
     for field in dataclasses.fields(part):
-        value, default = getattr(part, field.name), _default(field)
+        value, default = getattr(part, field.name), default_of(field)
         if not field.init or not field.repr or (brief and value == default):
             continue
         text = written(value, brief=brief)
@@ -115,5 +115,6 @@ def _call(part: Any, brief: bool) -> str:
     return f"{type(part).__name__}({', '.join(given)})" if given or not brief else type(part).__name__
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """What a field holds where it is not given; `dataclasses.MISSING` where it must be."""
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default

@@ -9,15 +9,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from posttrain.compress import packed
+from posttrain.compress.method import Compression
+from posttrain.compress.packed.weight import FORMATS
+from posttrain.compress.solvers.solver import Solver
 from posttrain.methods import registered
-from posttrain.methods.parts import fields_beside, objectives_of, parts_of
+from posttrain.methods.parts import default_of, fields_beside, objectives_of, parts_of, written
 from posttrain.methods.registry import Entry
 from posttrain.methods.verdicts import Verdict, verdicts
 from posttrain.objective.mixture import Mixture
@@ -110,7 +116,59 @@ def _classes(place: str, part: object) -> Iterator[tuple[str, type]]:
     elif type(part).__module__.startswith("posttrain.") and dataclasses.is_dataclass(part):
         yield ("weight" if type(part).__module__.endswith(".schedule") else place), type(part)
         for field in dataclasses.fields(part):
-            yield from _classes("loss" if field.name == "loss" else place, getattr(part, field.name))
+            yield from _classes(field.name if field.name in ("loss", "grid") else place, getattr(part, field.name))
+
+
+# -- compression -----------------------------------------------------------------------------------------------------
+
+COMPRESSION = ("method", "card", "transforms", "allocation", "solver", "grid", "activations")
+
+
+def compression_table(entries: Iterable[Entry] | None = None) -> str:
+    """A row a compression method: what it does first, who picks the codes, and on which values."""
+    rows = []
+    for entry in registered().values() if entries is None else entries:
+        made = entry.function()
+        if isinstance(made, Compression):
+            solver, grid = _apart(made.solver)
+            parts = [_code(written(part, brief=True)) if part else ""
+                     for part in (made.transforms, made.allocation, solver, grid, made.activations)]  # fmt: skip
+            rows.append([f"**{entry.name}**", ", ".join(entry.cards), *parts])
+    used = [i for i in range(len(COMPRESSION)) if i < 2 or any(row[i] for row in rows)]
+    return _markdown([COMPRESSION[i] for i in used], [[row[i] for i in used] for row in rows])
+
+
+def _apart(solver: Solver) -> tuple[Solver, object]:
+    """A solver and its grid; the grid has a column of its own."""
+    field = next((f for f in dataclasses.fields(solver) if f.name == "grid"), None)
+    default = default_of(field) if field is not None else dataclasses.MISSING
+    if default is dataclasses.MISSING:
+        return solver, None
+    held = {"grid": default}
+    return dataclasses.replace(solver, **held), vars(solver)["grid"]
+
+
+def compression_parts_table(entries: Iterable[Entry] | None = None) -> str:
+    """Every part that a compression method uses, and every format that weights are stored in."""
+    found: dict[str, dict[str, type]] = {kind: {} for kind in COMPRESSION[2:]}
+    for entry in registered().values() if entries is None else entries:
+        made = entry.function()
+        if isinstance(made, Compression):
+            for place in ("transforms", "allocation", "solver", "activations"):
+                for at, kind in _classes(place, getattr(made, place)):
+                    found[at][kind.__name__] = kind
+    for module in pkgutil.iter_modules(packed.__path__, f"{packed.__name__}."):  # which makes every format known
+        import_module(module.name)
+    found["stored as"] = {made.__name__: made for made in FORMATS.values() if made.__module__.startswith("posttrain.")}
+    rows = [
+        [place if i == 0 else "", f"`{name}`", explained(made)]
+        for place, classes in found.items()
+        for i, (name, made) in enumerate(sorted(classes.items()))
+    ]
+    return _markdown(["part", "name", "what it is"], rows)
+
+
+# -- what a class says of itself -------------------------------------------------------------------------------------
 
 
 def explained(made: type) -> str:
@@ -140,7 +198,13 @@ def results_table(found: Sequence[Verdict] | None = None) -> str:
 
 # -- filling them in -------------------------------------------------------------------------------------------------
 
-TABLES: dict[str, Callable[[], str]] = {"methods": methods_table, "parts": parts_table, "results": results_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "methods": methods_table,
+    "parts": parts_table,
+    "compression": compression_table,
+    "compression-parts": compression_parts_table,
+    "results": results_table,
+}
 
 
 def filled(text: str, origin: str = "the text") -> str:

@@ -20,13 +20,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage as the page shows it: `label` is its name, with its number where two stages share a name."""
+    """A stage as the page shows it: `label` is its name, with its number where two stages share a name.
+
+    size: of one that compresses, the bits of its weights and the bytes of the model before and after.
+    """
 
     index: int
     label: str
     method: str = ""
     kind: str = ""
     steps: int | None = None
+    size: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,7 @@ class RunFolder:
                 method=str(stage.get("method") or ""),
                 kind=str(stage.get("kind") or ""),
                 steps=whole(stage.get("steps")),
+                size=_size(stage.get("compression")),
             )
             for number, (stage, name) in enumerate(zip(planned, names, strict=True))
         ]
@@ -113,6 +118,15 @@ def whole(value: Any) -> int | None:
     """`value` as an int, or None where it is no finite number."""
     found = number(value)
     return None if found is None else int(found)
+
+
+def _size(record: Any) -> str:
+    """`4.16 bits a weight, 84.1 → 23.4 MB`; empty where `run.json` does not tell it."""
+    told = record if isinstance(record, Mapping) else {}
+    bits, before, after = (number(told.get(key)) for key in ("bits", "bytes_before", "bytes_after"))
+    if bits is None or before is None or after is None:
+        return ""
+    return f"{bits:.2f} bits a weight, {before / 1e6:.1f} → {after / 1e6:.1f} MB"
 
 
 def stage_of(row: Row) -> int:

@@ -44,6 +44,7 @@ def render(folder: RunFolder, samples: int = 5000) -> str:
         status=folder.text("status") or "unknown",
         facts=_facts(folder),
         stages=[(stage, theme.stage_colour(at)) for at, stage in enumerate(folder.stages)],
+        sizes=any(stage.size for stage in folder.stages),
         notes=[str(note) for note in _list(folder.run.get("notes"))],
         problems=folder.problems,
         missing=[name for name in ("metrics", "samples", "evaluations") if getattr(folder, name) is None],

@@ -80,7 +80,8 @@ def headline(folder: RunFolder) -> str:
     elif before:
         story = f"held-out accuracy {before.accuracy} before training, none yet after it;{how or ' no stages'}"
     else:
-        story = f"trained{how}, without an evaluation"
+        packs = bool(folder.stages) and all(stage.kind == "compression" for stage in folder.stages)
+        story = f"{'compressed' if packs else 'trained'}{how}, without an evaluation"
     status = str(folder.run.get("status") or "")
     return f"{subject}: {story}" + (f" ({status})" if status not in ("", "finished") else "")
 

@@ -15,7 +15,7 @@ from posttrain.reward.shaping import Shaping
 from posttrain.rollout.strategy import Plain, Strategy
 from posttrain.training.normaliser import Normaliser
 from posttrain.training.settings import Settings
-from posttrain.trajectory import Group, Prompt
+from posttrain.trajectory import Group, PosttrainError, Prompt
 
 Data = Literal["demonstrations", "preferences", "feedback", "prompts"]
 OBJECTIVE_PARTS = ("advantage", "denominator", "masks", "aggregate", "divergences")
@@ -94,8 +94,16 @@ class Pipeline:
     stages: tuple[Method, ...]
 
     def __rshift__(self, other: Method | Pipeline) -> Pipeline:
-        return Pipeline(self.stages + (other.stages if isinstance(other, Pipeline) else (other,)))
+        return Pipeline(self.stages + stages_of(other))
 
 
 def stages_of(method: Method | Pipeline) -> tuple[Method, ...]:
-    return method.stages if isinstance(method, Pipeline) else (method,)
+    """The methods of a pipeline, or the one. Raises PosttrainError for what does not train, such as a compression."""
+    if isinstance(method, Pipeline):
+        return method.stages
+    if not isinstance(method, Method):
+        name = getattr(method, "name", None) or repr(method)
+        raise PosttrainError(
+            f"{name} does not train; expected a training method (what compresses is for quantize, or a recipe)"
+        )
+    return (method,)

@@ -62,6 +62,8 @@ class Uniform(Grid):
             raise PosttrainError(f"bits is {self.bits}; a uniform grid has 1 to 8")
         if self.zero not in ("none", "integer", "float"):
             raise PosttrainError(f"zero is {self.zero!r}; expected none, integer or float")
+        if self.clip not in ("none", "mse"):
+            raise PosttrainError(f"clip is {self.clip!r}; expected none or mse")
 
     @property
     def top(self) -> int:

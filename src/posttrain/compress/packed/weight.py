@@ -72,6 +72,10 @@ class PackedWeight(nn.Module, ABC):
         """
         return F.linear(inputs, self.dequantize().to(inputs.dtype))
 
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Times `[..., in, n]`, for blocks that use a layer's weight without calling the layer (Mamba's dt_proj)."""
+        return self.dequantize().to(other.dtype) @ other
+
     def extra_repr(self) -> str:
         return f"{self.shape[0]}x{self.shape[1]}, {self.bits_per_weight:.3f} bits a weight"
 

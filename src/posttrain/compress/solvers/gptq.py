@@ -89,7 +89,7 @@ def feed_back(
         step = group
     for start in range(0, columns, step):
         end = min(start + step, columns)
-        errors = torch.empty(work.shape[0], end - start)
+        errors = work.new_empty(work.shape[0], end - start)
         for i in range(start, end):
             now = work[:, i : i + 1]
             found[:, i : i + 1] = round_column(i, now, work)

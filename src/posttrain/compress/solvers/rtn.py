@@ -16,7 +16,10 @@ from posttrain.compress.solvers.solver import LayerSolver
 
 @dataclass(frozen=True)
 class RoundToNearest(LayerSolver):
-    """Uses no data. Reference: card 000, section 1."""
+    """Each weight takes the nearest value of its group's levels; no data is used.
+
+    Reference: card 000, section 1.
+    """
 
     grid: Grid = field(default_factory=Uniform)
 

@@ -1,0 +1,277 @@
+"""The whole pipeline on tiny models: what is packed and what stays, and every mistake in one line."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from walkable import text, walkable
+
+from posttrain import methods
+from posttrain.compress.activations.quantizer import Activations
+from posttrain.compress.allocate import Allocation
+from posttrain.compress.grids.uniform import Uniform
+from posttrain.compress.moments import InputMoments
+from posttrain.compress.packed.inputs import InputStep
+from posttrain.compress.packed.linear import PackedLinear
+from posttrain.compress.pipeline import check, compress_model
+from posttrain.compress.solvers.rtn import RoundToNearest, rounded
+from posttrain.compress.stacks import linears, stacks, whole_names
+from posttrain.compress.transforms.transform import Transform
+from posttrain.compress.walk import Batch, Block
+from posttrain.trajectory import PosttrainError
+
+EIGHT = methods.rtn(bits=8, group=0)
+
+
+def logits(model: nn.Module, batch: Batch | None = None) -> Tensor:
+    with torch.no_grad():
+        out = model(**(batch or text()[0]))
+    found: Tensor = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    return found
+
+
+def layers(model: nn.Module) -> dict[str, nn.Linear]:
+    blocks = [named for stack in stacks(model) for named in whole_names(stack)]
+    return {f"{name}.{n}": layer for name, block in blocks for n, layer in linears(block).items()}
+
+
+@pytest.mark.limit("rtn")
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt-neox", "mamba", "bert"])
+def test_every_layer_stands_for_its_rounded_weight_and_the_model_for_those(name: str) -> None:
+    model, batches = walkable(name)
+    fake = copy.deepcopy(model)
+    before = layers(model)
+    with torch.no_grad():
+        for layer in layers(fake).values():
+            layer.weight.copy_(rounded(layer.weight, Uniform(3, 16), "w").dequantize())
+    summary = compress_model(model, methods.rtn(bits=3, group=16), batches)
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    assert packed.keys() == before.keys() == {layer.name for layer in summary.layers}
+    for found, layer in layers(fake).items():
+        assert torch.equal(packed[found].weight.dequantize(), layer.weight)
+    assert torch.allclose(logits(model), logits(fake), atol=1e-5)
+    assert summary.bits == pytest.approx(sum(p.weight.counted_bits for p in packed.values())
+                                         / sum(layer.weight.numel() for layer in before.values()))  # fmt: skip
+    assert summary.packed_bytes == sum(p.weight.stored_bytes for p in packed.values())
+    assert all(0.1 < layer.error < 0.3 for layer in summary.layers if not layer.name.endswith("dt_proj"))  # 2 columns
+    assert (summary.method, summary.seconds > 0) == ("rtn", True)
+
+
+@pytest.mark.limit("rtn")
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt-neox", "mixtral", "mamba", "bert", "vit"])
+def test_eight_bits_change_little(name: str) -> None:
+    model, batches = walkable(name)
+    before = logits(model, batches[0])
+    compress_model(model, EIGHT, batches)
+    after = logits(model, batches[0])
+    assert 0 < float((after - before).norm() / before.norm()) < 0.03
+
+
+def test_gptq_loses_less_than_rounding_on_what_it_was_calibrated_on() -> None:
+    errors = {}
+    for made in (methods.rtn(bits=2, group=0), methods.gptq(bits=2, group=0)):
+        model, _ = walkable("llama")
+        batches = [batch for seed in range(8) for batch in text(seed)]
+        before = [logits(model, batch) for batch in batches]
+        compress_model(model, made, batches)
+        after = [logits(model, batch) for batch in batches]
+        errors[made.name] = float(sum((a - b).square().sum() for a, b in zip(after, before, strict=True)))
+    assert errors["gptq"] < 0.9 * errors["rtn"]
+
+
+def test_the_same_seed_gives_the_same_model() -> None:
+    found = []
+    for _ in range(2):
+        model, batches = walkable("llama")
+        torch.manual_seed(len(found))
+        state = torch.get_rng_state()
+        compress_model(model, methods.gptq(bits=3, group=16), batches, seed=4)
+        assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are left alone"
+        found.append(logits(model))
+    assert torch.equal(*found)
+
+
+def test_tied_embeddings_stay_tied_and_as_they_were() -> None:
+    model, batches = walkable("llama")
+    before = model.model.embed_tokens.weight.clone()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    compress_model(model, methods.gptq(bits=2, group=0), batches)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, before)
+    assert isinstance(model.lm_head, nn.Linear)
+
+
+def test_layers_that_are_skipped_stay_as_they_are() -> None:
+    model, batches = walkable("llama")
+    before = {n: m.weight.clone() for n, m in layers(model).items()}
+    made = methods.rtn(bits=2, group=0).replace(skip=("*.o_proj", "no.such.layer"))
+    summary = compress_model(model, made, batches, skip=["*.down_proj", "model.layers.0.*"])
+    left = layers(model)
+    assert {n.rpartition(".")[2] for n in left if n.startswith("model.layers.1.")} == {"o_proj", "down_proj"}
+    assert len([n for n in left if n.startswith("model.layers.0.")]) == 7
+    assert all(torch.equal(layer.weight, before[n]) for n, layer in left.items())
+    assert len(summary.layers) == 5
+
+
+def test_progress_of_blocks() -> None:
+    model, batches = walkable("llama")
+    seen: list[tuple[int, int]] = []
+    compress_model(model, EIGHT, batches, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
+
+
+# -- the parts in their places ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Doubled(Transform):
+    """Twice the weight of the first block's up_proj, half that of down_proj: the same function of a model without a
+    nonlinearity between; here only to be seen.
+    """
+
+    def apply_to_model(self, model: nn.Module) -> None:
+        model.model.layers[0].mlp.up_proj.weight.data.mul_(2.0)  # type: ignore[union-attr, operator]
+
+    def apply_to_block(self, block: Block) -> None:
+        if block.index == 0:
+            block.linears["mlp.down_proj"].weight.data.div_(2.0)
+
+
+class Halve(InputStep):
+    kind = "halve-in-a-test"
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs / 2
+
+
+@dataclass(frozen=True)
+class Halved(Activations):
+    uses: bool = True
+
+    @property
+    def uses_data(self) -> bool:
+        return self.uses
+
+    def fit(self, moments: InputMoments | None, width: int, name: str) -> InputStep:
+        assert (moments is not None) == self.uses
+        assert moments is None or moments.count > 0
+        assert name.startswith("model.layers.")
+        return Halve(width)
+
+
+@dataclass(frozen=True)
+class Few(Allocation):
+    def bits(self, model, stacks, batches, skip) -> dict[str, float]:  # type: ignore[no-untyped-def]
+        return {"model.layers.1.mlp.up_proj": 2.0}
+
+
+def test_a_transform_goes_before() -> None:
+    model, batches = walkable("llama")
+    before = logits(model)
+    compress_model(model, EIGHT.replace(transforms=(Doubled(),)), batches)
+    assert float((logits(model) - before).norm() / before.norm()) < 0.03
+    mlp = model.model.layers[0].mlp
+    other, _ = walkable("llama")
+    compress_model(other, EIGHT, batches)
+    ratio = mlp.up_proj.weight.dequantize().norm() / other.model.layers[0].mlp.up_proj.weight.dequantize().norm()
+    assert float(ratio) == pytest.approx(2.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("uses", [True, False])
+def test_inputs_are_quantized_once_a_layer_is_packed(uses: bool) -> None:
+    model, batches = walkable("llama")
+    compress_model(model, EIGHT.replace(activations=Halved(uses=uses)), batches)
+    up = model.model.layers[1].mlp.up_proj
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(up(x), x / 2 @ up.weight.dequantize().T, atol=1e-5)
+
+
+def test_an_allocation_says_the_bits_of_single_layers() -> None:
+    model, batches = walkable("llama")
+    summary = compress_model(model, EIGHT.replace(allocation=Few()), batches)
+    bits = {layer.name: round(layer.bits) for layer in summary.layers}
+    assert [name for name, b in bits.items() if b < 8] == ["model.layers.1.mlp.up_proj"]
+
+
+def test_whether_the_data_matters() -> None:
+    assert not methods.rtn().uses_data
+    assert methods.gptq().uses_data
+    assert methods.rtn().replace(transforms=(Doubled(),)).uses_data
+    assert methods.rtn().replace(allocation=Few()).uses_data
+    assert methods.rtn().replace(activations=Halved()).uses_data
+    assert not methods.rtn().replace(activations=Halved(uses=False)).uses_data
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_groups_that_do_not_divide_are_refused_before_anything_is_done() -> None:
+    model, batches = walkable("llama")
+    before = list(layers(model))
+    with pytest.raises(PosttrainError, match=r"^group 32 does not divide the 48 input columns of model\.layers\.0\."):
+        compress_model(model, methods.gptq(group=32), batches)
+    assert list(layers(model)) == before
+    check(model, methods.gptq(group=32), ["*.down_proj"])
+    with pytest.raises(PosttrainError, match=r"group 5 does not divide the 32 input columns of .*; expected a divisor"):
+        check(model, methods.rtn(group=5))
+
+
+def test_an_empty_calibration() -> None:
+    with pytest.raises(PosttrainError, match="calibration is empty"):
+        compress_model(walkable("llama")[0], EIGHT, [])
+
+
+def test_a_pattern_that_matches_nothing() -> None:
+    model, batches = walkable("llama")
+    with pytest.raises(PosttrainError, match=r"skip pattern '\*.downproj' matches no linear layer"):
+        compress_model(model, EIGHT, batches, skip=["*.downproj"])
+
+
+def test_everything_skipped() -> None:
+    model, batches = walkable("llama")
+    with pytest.raises(PosttrainError, match="rtn: every linear layer is skipped; nothing is left to compress"):
+        compress_model(model, EIGHT, batches, skip=["*"])
+
+
+@pytest.mark.parametrize("made", [EIGHT, methods.gptq(group=0)])
+def test_weights_that_are_not_finite(made: methods.Compression) -> None:
+    model, batches = walkable("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = torch.nan
+    with pytest.raises(PosttrainError, match=r"^model\.layers\.1\.mlp\.down_proj holds weights that are not finite"):
+        compress_model(model, made, batches)
+
+
+def test_a_solver_that_leaves_a_layer_out() -> None:
+    @dataclass(frozen=True)
+    class Lazy(RoundToNearest):
+        def solve_block(self, block: Block) -> None:
+            pass
+
+    model, batches = walkable("llama")
+    with pytest.raises(PosttrainError, match=r"model\.layers\.0\.self_attn\.\w_proj was left unpacked by the solver"):
+        compress_model(model, EIGHT.replace(solver=Lazy(Uniform(4, 0))), batches)
+
+
+def test_constant_and_empty_rows() -> None:
+    model, batches = walkable("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0] = 0.0
+        model.model.layers[0].mlp.up_proj.weight[1] = 0.25
+        model.model.layers[1].mlp.gate_proj.weight.zero_()
+    for made in (EIGHT, methods.gptq(bits=4, group=16), methods.gptq(bits=3, group=0, act_order=True)):
+        found = copy.deepcopy(model)
+        compress_model(found, made, batches)
+        up = found.model.layers[0].mlp.up_proj.weight.dequantize()
+        assert (up[0] == 0).all()
+        assert torch.isfinite(logits(found)).all()
+
+
+def test_a_model_in_training_mode_is_left_in_it() -> None:
+    model, batches = walkable("bert")
+    model.train()
+    compress_model(model, EIGHT, batches)
+    assert model.training
