@@ -1,0 +1,79 @@
+"""Weighted k-means, and the nearest row of a table: whole vectors, in bounded memory, by seed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22  # distances held at a time
+
+
+def nearest(vectors: Tensor, table: Tensor) -> Tensor:
+    """`[n, v]` and `[k, v]` -> `[n]` int64: the row of the table nearest to each vector (the first of equal ones)."""
+    half = table.square().sum(1) / 2
+    rows = max(1, CHUNK // len(table))
+    found = [torch.addmm(half, part, table.T, alpha=-1.0).min(1).indices for part in vectors.split(rows)]
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+
+
+def weighted_kmeans(
+    vectors: Tensor,
+    weights: Tensor,
+    count: int,
+    *,
+    iterations: int = 25,
+    tolerance: float = 1e-5,
+    sample: int = 50,
+    seed: int = 0,
+) -> Tensor:
+    """`[count, v]` centroids that make the weighted squared distance of `[n, v]` vectors to their nearest one small.
+
+    weights: `[n]`; vectors of weight 0 have no say. iterations: at most; it ends when one gains less than a share of
+    `tolerance`. sample: at most so many vectors a centroid are looked at, drawn by seed (0: all). Centroids begin at
+    different vectors drawn by seed; one that no vector is nearest to moves to the vector that is served worst. Where
+    there are no more different vectors than centroids, they are the centroids.
+    """
+    table = torch.zeros(count, vectors.shape[1])
+    vectors, weights = vectors[weights > 0].float(), weights[weights > 0].float()
+    if not len(vectors):
+        return table
+    draw = torch.Generator().manual_seed(seed)
+    whole = vectors
+    if sample and len(vectors) > sample * count:
+        chosen = torch.randperm(len(vectors), generator=draw)[: sample * count]
+        vectors, weights = vectors[chosen], weights[chosen]
+    distinct = _distinct(vectors, draw)
+    if len(distinct) <= count and len(whole) > len(vectors):
+        distinct = _distinct(whole, draw)
+    if len(distinct) <= count:
+        table[: len(distinct)] = distinct
+        return table
+    table = distinct[torch.randperm(len(distinct), generator=draw)[:count]].clone()
+    weights = weights / weights.mean()
+    before = math.inf
+    for _ in range(iterations):
+        index = nearest(vectors, table)
+        gaps = (vectors - table[index]).square().sum(1) * weights
+        error = float(gaps.double().sum())
+        mass = torch.zeros(count).index_add_(0, index, weights)
+        sums = torch.zeros_like(table).index_add_(0, index, vectors * weights[:, None])
+        empty = mass == 0
+        table = torch.where(empty[:, None], table, sums / mass.clamp(min=1e-30)[:, None])
+        if empty.any():
+            table[empty] = vectors[gaps.topk(int(empty.sum())).indices]
+        elif math.isfinite(before) and before - error <= tolerance * before:
+            break
+        before = error
+    return table
+
+
+def _distinct(vectors: Tensor, draw: torch.Generator) -> Tensor:
+    """The different ones among `[n, v]` vectors, told apart by a random projection."""
+    keys = vectors.double() @ torch.randn(vectors.shape[1], generator=draw, dtype=torch.float64)
+    _, inverse = torch.unique(keys, return_inverse=True)
+    first = torch.full((int(inverse.max()) + 1,), len(vectors)).scatter_reduce_(
+        0, inverse, torch.arange(len(vectors)), "amin"
+    )
+    return vectors[first]
