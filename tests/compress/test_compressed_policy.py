@@ -99,7 +99,7 @@ def test_by_name_and_by_default_text(capsys: pytest.CaptureFixture[str]) -> None
         ("rtn", TEXTS, {"group": 16, "samples": 0}, "calibration is 0 windows of 256 tokens; expected at least 1"),
         ("rtn", TEXTS, {"group": 16, "skip": ["*.mpl.*"]}, r"skip pattern '\*\.mpl\.\*' matches no linear layer"),
         ("rtn", TEXTS, {"group": 24}, "group 24 does not divide the 32 input columns"),
-        ("rtn", "nosuch.txt", {"group": 16}, r"cannot read nosuch\.txt: No such file"),
+        ("rtn", "nosuch.txt", {"group": 16}, r"no file nosuch\.txt; expected a file"),
         ("rtn", "nosuch", {"group": 16}, "no file nosuch, and no task of that name"),
     ],
 )

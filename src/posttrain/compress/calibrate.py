@@ -33,14 +33,18 @@ Text = str | Path | Task | Sequence[str]
 
 def text_of(given: str | Path | Task | Mapping[str, Any] | Sequence[str]) -> Text:
     """What a user gives as text: a file of text or of rows, a hub id (`owner/name`), texts; or a task, as `task_from`
-    takes it: a name of reasoning-gym, or a mapping.
+    takes it: a name of reasoning-gym, or a mapping. A file that is not there is told at once.
     """
     if isinstance(given, Mapping):
         return task_from(given)
     if not isinstance(given, str | Path):
         return given
     path, name = Path(given).expanduser(), str(given)
-    if path.exists() or path.suffix.lower() in (*TEXT, *ROWS) or "/" in name:
+    if path.suffix.lower() in TEXT and not path.is_file():
+        raise PosttrainError(f"no file {name}; expected a file of text or of rows, a hub id, or a task")
+    if path.suffix.lower() in ROWS and not path.exists():
+        read_rows(name)  # which names the nearest files
+    if path.exists() or path.suffix.lower() in ROWS or "/" in name:
         return given
     try:
         return task_from(name)
