@@ -10,6 +10,7 @@ from posttrain.methods.exploration import darling, rep_exp
 from posttrain.methods.guided import prefix_rft, thinktuning
 from posttrain.methods.hybrid import ahpo, chord, chord_phi, hpt, luffy, srft, visurf
 from posttrain.methods.importance import minirl, minpro
+from posttrain.methods.low_bit import billm, dmmv, fp4, fp8, mxfp4, nf4, nupes, nvfp4, ptq1_61, ptqtp, spqr
 from posttrain.methods.policy_gradient import (
     cispo,
     dapo,
@@ -56,6 +57,7 @@ __all__ = [
     "apo_zero",
     "asft",
     "awq",
+    "billm",
     "chord",
     "chord_phi",
     "cispo",
@@ -65,6 +67,7 @@ __all__ = [
     "dapo",
     "darling",
     "dft",
+    "dmmv",
     "dpo",
     "dpo_norm",
     "dppo",
@@ -73,6 +76,8 @@ __all__ = [
     "eva",
     "expert_iteration",
     "find",
+    "fp4",
+    "fp8",
     "gdpo",
     "gmpo",
     "gpg",
@@ -93,7 +98,11 @@ __all__ = [
     "minpro",
     "mm_upt",
     "modomodo",
+    "mxfp4",
+    "nf4",
     "noisy_rewards",
+    "nupes",
+    "nvfp4",
     "opo",
     "orpo",
     "os_plus",
@@ -101,6 +110,8 @@ __all__ = [
     "ppo",
     "prefix_rft",
     "process_grpo",
+    "ptq1_61",
+    "ptqtp",
     "quarot",
     "raft",
     "recap",
@@ -123,6 +134,7 @@ __all__ = [
     "sft",
     "simpo",
     "smoothquant",
+    "spqr",
     "srft",
     "st_ppo",
     "thinktuning",
