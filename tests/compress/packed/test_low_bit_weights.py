@@ -78,7 +78,7 @@ def test_bytes_of_mixtures_and_outliers() -> None:
     assert held.counted_bits == pytest.approx(96 * (few * 4 + 20 + (512 - few) + 32) + 512 + 32, rel=0.01)
     held = outliers()
     assert isinstance(held, WithOutliers)
-    assert held.stored_bytes * 8 == held.counted_bits == held.base.counted_bits + 32 * held.count + 32 * 96
+    assert held.stored_bytes * 8 == held.counted_bits == held.base.counted_bits + 32 * held.count + 16 * 96
     tables = OwnTables.empty((96, 512), bits=2, groups=4)
     assert tables.stored_bytes * 8 == tables.counted_bits == 96 * (512 * 2 + 4 * 4 * 16) + 32 * 4
 

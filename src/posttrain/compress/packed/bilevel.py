@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from posttrain.compress.packed.bits import pack, packed_width, unpack
+from posttrain.compress.packed.outliers import unsigned
 from posttrain.compress.packed.weight import PackedWeight
 
 
@@ -86,5 +87,5 @@ class BilevelWeight(PackedWeight):
         if self.order is None:
             return found
         placed = torch.empty_like(found)
-        placed[:, self.order.long() & 0xFFFF] = found
+        placed[:, unsigned(self.order)] = found
         return placed

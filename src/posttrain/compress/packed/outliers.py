@@ -10,20 +10,20 @@ from torch import Tensor
 from posttrain.compress.packed.weight import PackedWeight, from_written, written
 from posttrain.trajectory import PosttrainError
 
-WIDEST = 1 << 16  # columns that 16 bits number
+WIDEST = (1 << 16) - 1  # what 16 bits count to
 
 
 class WithOutliers(PackedWeight):
     """The weights of `base`, but for those at the outliers' places: compressed sparse rows.
 
-    values: `[count]` fp16. columns: `[count]` int16 (unsigned, as its bits), ascending in each row. ends: `[out]`
-    int32, where the outliers of each row end.
+    values: `[count]` fp16. columns: `[count]` int16 (unsigned, as its bits), ascending in each row. a_row:
+    `[out]` int16 (the same), how many outliers each row has.
     """
 
     format = "outliers"
     values: Tensor
     columns: Tensor
-    ends: Tensor
+    a_row: Tensor
 
     def __init__(self, base: PackedWeight, count: int) -> None:
         super().__init__(base.shape)
@@ -32,7 +32,7 @@ class WithOutliers(PackedWeight):
         self.base, self.count = base, count
         self.register_buffer("values", torch.zeros(count, dtype=torch.float16))
         self.register_buffer("columns", torch.zeros(count, dtype=torch.int16))
-        self.register_buffer("ends", torch.zeros(base.shape[0], dtype=torch.int32))
+        self.register_buffer("a_row", torch.zeros(base.shape[0], dtype=torch.int16))
 
     @classmethod
     def of(cls, base: PackedWeight, mask: Tensor, weight: Tensor) -> PackedWeight:
@@ -41,8 +41,8 @@ class WithOutliers(PackedWeight):
             return base
         made = cls(base, int(mask.sum()))
         made.values.copy_(weight[mask])
-        made.columns.copy_(torch.nonzero(mask)[:, 1].to(torch.int32).to(torch.int16))
-        made.ends.copy_(mask.sum(1).cumsum(0))
+        made.columns.copy_(torch.nonzero(mask)[:, 1])  # what is beyond 32,767 keeps its bits
+        made.a_row.copy_(mask.sum(1))
         return made
 
     @classmethod
@@ -54,11 +54,15 @@ class WithOutliers(PackedWeight):
 
     @property
     def counted_bits(self) -> float:
-        return self.base.counted_bits + 32 * self.count + 32 * self.shape[0]
+        return self.base.counted_bits + 32 * self.count + 16 * self.shape[0]
 
     def dequantize(self) -> Tensor:
         found = self.base.dequantize()
-        starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
-        rows = torch.arange(self.shape[0], device=found.device).repeat_interleave((self.ends - starts).long())
-        found[rows, self.columns.long() & (WIDEST - 1)] = self.values.float()
+        rows = torch.arange(self.shape[0], device=found.device).repeat_interleave(unsigned(self.a_row))
+        found[rows, unsigned(self.columns)] = self.values.float()
         return found
+
+
+def unsigned(numbers: Tensor) -> Tensor:
+    """int16 numbers read as unsigned ones, int64."""
+    return numbers.long() & WIDEST
