@@ -84,7 +84,7 @@ def test_two_methods_on_one_text(tmp_path: Path, done: list) -> None:
     assert eight.accuracy is not None
     assert eight.rate > 0
     assert [d.method for d in found.differences] == ["rtn"]
-    assert found.remarks == ["the methods store different numbers of bits a weight: two 3.12, rtn 9.50"]
+    assert found.remarks == ["the methods store from 3.12 to 9.50 bits a weight: read perplexity beside them"]
     kept = json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert kept["sentence"] == found.sentence
     page = found.page.read_text()
@@ -187,6 +187,19 @@ def test_a_clear_difference_is_told_and_noise_is_not(tmp_path: Path) -> None:
     assert str(found).splitlines()[0].split() == [
         "method", "perplexity", "over", "rtn", "p", "KL", "bits", "MB", "seconds", "tokens/s",
     ]  # fmt: skip
+
+
+def test_the_sentence_is_about_methods_of_the_same_bits(tmp_path: Path) -> None:
+    base = np.random.default_rng(0).normal(2.0, 0.5, (1, 40)).repeat(2, 0)
+    found = judged(tmp_path, a=(base, 2.25), b=(base - 0.1, 2.3), c=(base - 1, 4.25), d=(base - 1, 4.25))
+    assert found.sentence == (
+        "b predicts better than a: its perplexity is lower by 9.52% [9.52, 9.52], "
+        f"p = {found.differences[0].pvalue:.2g} after correction; "
+        "the other difference at about the same bits is within the noise"
+    )
+    assert len(found.differences) == 6
+    many = judged(tmp_path, **{name: (base - i / 5, 2.25) for i, name in enumerate("abcd")})
+    assert many.sentence.endswith("; 2 more differences are real")
 
 
 def test_one_seed_and_one_window(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from posttrain.studies.comparison import LEVEL, accuracy, p_in_words
 from posttrain.training.checkpoint import write_text
 
 Table = NDArray[np.float64]
+SAME = 1.05  # bits within five percent are about the same
+TOLD = 4  # differences that a sentence tells
 RULE = (
     "Intervals and tests resample calibration seeds and windows of text together (a bootstrap with 4,999 draws), "
     "paired: every method has the same seeds and the same windows. Two methods differ if the ratio of their "
@@ -131,29 +133,42 @@ class CompressedComparison:
 
     @property
     def sentence(self) -> str:
-        """Which differences are real, in plain words."""
-        real = [d.in_words() for d in self.differences if d.real]
-        rest = len(self.differences) - len(real)
-        if not self.differences:
+        """Which differences are real, in plain words: those between methods of about the same bits, where there are
+        such, and no more than a few of them.
+        """
+        pairs = self.alike or self.differences
+        among = " at about the same bits" if len(pairs) < len(self.differences) else ""
+        real = [d.in_words() for d in pairs if d.real]
+        rest = len(pairs) - len(real)
+        if not pairs:
             said = f"{self.methods[0].name} alone: nothing to compare with"
         elif not real:
             both = "the two methods" if len(self.methods) == 2 else "any two methods"
-            said = f"no difference in perplexity between {both} is beyond the noise"
+            said = f"no difference in perplexity between {both}{among} is beyond the noise"
         else:
-            said = "; ".join(real)
+            said = "; ".join(real[:TOLD])
+            more = len(real) - TOLD
+            if more > 0:
+                said += f"; {more} more {'differences' if more > 1 else 'difference'}{among} {_be(more)} real"
             if rest:
-                said += f"; the other difference{'s are' if rest > 1 else ' is'} within the noise"
+                said += f"; the other {'differences' if rest > 1 else 'difference'}{among} {_be(rest)} within the noise"
         if self.seeds == 1:
             said += " (with one calibration: another may say otherwise)"
         return said
 
     @property
+    def alike(self) -> list[Ratio]:
+        """The differences between methods that store about the same number of bits."""
+        bits = {m.name: m.bits for m in self.methods}
+        return [d for d in self.differences if abs(math.log(bits[d.method] / bits[d.other])) < math.log(SAME)]
+
+    @property
     def remarks(self) -> list[str]:
         """What a reader must know beside the sentence."""
         found = []
-        if max(m.bits for m in self.methods) > 1.05 * min(m.bits for m in self.methods):
-            spread = ", ".join(f"{m.name} {m.bits:.2f}" for m in sorted(self.methods, key=lambda m: m.bits))
-            found.append(f"the methods store different numbers of bits a weight: {spread}")
+        low, high = (end(m.bits for m in self.methods) for end in (min, max))
+        if high > SAME * low:
+            found.append(f"the methods store from {low:.2f} to {high:.2f} bits a weight: read perplexity beside them")
         if self.windows < 2:
             found.append("the text has a single window, from which nothing can be said about other text")
         return found
@@ -209,6 +224,10 @@ class CompressedComparison:
         document.write(self.page, compressed_page.render(self))
         write_text(self.folder / "pareto.svg", compressed_page.picture(self))
         (self.folder / "pareto.png").write_bytes(compressed_page.photograph(self))
+
+
+def _be(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def factor(difference: Ratio) -> tuple[str, str]:

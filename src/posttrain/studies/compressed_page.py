@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 BITS, PERPLEXITY = "stored bits a weight", "perplexity"
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
+MARKERS = ("o", "s", "D", "^", "X")  # the same in a still picture
 
 
 def render(found: CompressedComparison) -> str:
@@ -61,13 +63,14 @@ def _figure(found: CompressedComparison) -> Figure:
     front = _front(found)
     figure.add_scatter(
         x=[m.bits for m in front], y=[m.perplexity.value for m in front], mode="lines", hoverinfo="skip",
+        showlegend=False,
         line={"color": theme.NEUTRAL, "width": 1, "dash": "dot", "shape": "hv"},
     )  # fmt: skip
     for at, m in enumerate(found.methods):
         figure.add_scatter(
-            x=[m.bits], y=[m.perplexity.value], mode="markers+text", name=theme.label(m.name),
-            text=[theme.label(m.name)], textposition="top center", textfont={"color": theme.NEUTRAL},
-            marker={"color": theme.stage_colour(at), "size": 9}, error_y=_bar(m, theme.stage_colour(at)),
+            x=[m.bits], y=[m.perplexity.value], mode="markers", name=theme.label(m.name),
+            marker={"color": theme.stage_colour(at), "size": 9, "symbol": SYMBOLS[at % len(SYMBOLS)]},
+            error_y=_bar(m, theme.stage_colour(at)),
             hovertemplate=f"%{{y:.4~g}} at %{{x:.3f}} bits<extra>{theme.label(m.name)}</extra>",
         )  # fmt: skip
     figure.add_hline(
@@ -76,7 +79,9 @@ def _figure(found: CompressedComparison) -> Figure:
     )  # fmt: skip
     figure.update_layout(
         theme.layout(
-            height=320,
+            height=340,
+            showlegend=True,
+            legend={"font": {"color": theme.NEUTRAL}},
             xaxis=theme.axis(title={"text": BITS, "standoff": 6}, zeroline=False, nticks=8),
             yaxis=theme.axis(title={"text": PERPLEXITY, "standoff": 6}, type="log", nticks=6),
         )
@@ -126,16 +131,17 @@ def _drawn(found: CompressedComparison) -> Drawing:
         value, colour = m.perplexity.value, theme.stage_colour(at)
         ends = [[value - m.perplexity.low], [m.perplexity.high - value]]
         finite = all(math.isfinite(end) for (end,) in ends)
-        panel.errorbar(m.bits, value, yerr=ends if finite else None, fmt="o", color=colour, capsize=3, markersize=6)
-        panel.annotate(
-            m.name, (m.bits, value), xytext=(0, 8), textcoords="offset points", ha="center", color=theme.NEUTRAL
-        )
+        panel.errorbar(
+            m.bits, value, yerr=ends if finite else None, fmt=MARKERS[at % len(MARKERS)], color=colour, capsize=3,
+            markersize=6, label=m.name,
+        )  # fmt: skip
     panel.axhline(found.before.perplexity.value, color=theme.NEUTRAL, linewidth=1, linestyle="--")
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.margins(x=0.12, y=0.18)
+    panel.margins(x=0.06, y=0.08)
+    panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, labelcolor=theme.NEUTRAL)
     panel.grid(color=theme.NEUTRAL, alpha=0.22, linewidth=0.6)
     panel.set_xlabel(BITS)
     panel.set_ylabel(PERPLEXITY)
