@@ -127,21 +127,22 @@ def test_its_layer_error_is_below_that_of_rounding(bits: int, group: int) -> Non
         assert ordered < 0.6 * plain
 
 
-def test_the_levels_of_a_group_are_fitted_to_its_corrected_weights() -> None:
-    """The second of two groups, with all that the first one's columns have carried over."""
-    weight, x = weights(4, 32), correlated(32)
+@pytest.mark.parametrize("group", [16, 24])  # 24: no whole number of blocks of 16
+def test_the_levels_of_a_group_are_fitted_to_its_corrected_weights(group: int) -> None:
+    """Later groups with all that the columns before them have carried over."""
+    weight, x = weights(4, 48), correlated(48)
     factor = inverse_factor(moments(x).hessian, 0.01, "w")
-    grid = Uniform(3, 16)
+    grid = Uniform(3, group)
     levels: list[UniformLevels] = []
 
     def by_group(column: int, now: Tensor, whole: Tensor) -> Tensor:
-        if column % 16 == 0:
-            levels.append(grid.fit(whole[:, column : column + 16]))
+        if column % group == 0:
+            levels.append(grid.fit(whole[:, column : column + group]))
         return levels[-1].rounded(now)
 
-    assert torch.equal(feed_back(weight, factor, by_group, 1), solved(weight, x, grid, block=1))
-    for block in (4, 128):
-        assert torch.allclose(solved(weight, x, grid, block=block), solved(weight, x, grid, block=1))
+    expected = feed_back(weight, factor, by_group, 1)
+    for block in (1, 4, 16, 128):
+        assert torch.allclose(solved(weight, x, grid, block=block), expected)
 
 
 def test_inputs_that_are_always_zero() -> None:
