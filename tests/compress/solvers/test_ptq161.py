@@ -85,6 +85,19 @@ def test_what_training_sees_is_what_is_stored() -> None:
     assert torch.equal(made().detach(), made.pack().dequantize())
 
 
+def test_a_product_is_that_of_the_weight() -> None:
+    made, x = soft(normal(), some()), normal(5, 32, 3)
+    with torch.no_grad():
+        for parameter in (made.scale, made.row, made.column):
+            parameter.mul_(1 + 0.1 * torch.rand_like(parameter))
+    wanted = x @ made().T
+    assert torch.allclose(made.product(x), wanted, atol=1e-5)
+    learned = (made.scale, made.row, made.column)
+    one, other = (torch.autograd.grad((y**2).sum(), learned, retain_graph=True) for y in (made.product(x), wanted))
+    for a, b in zip(one, other, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_the_balance_of_row_and_column_factors_does_not_matter() -> None:
     one, other = soft(normal(), some()), soft(normal(), some())
     with torch.no_grad():

@@ -43,12 +43,13 @@ class SalientColumns(SoftWeight):
         self.rate, self.vector_rate = rate, vector_rate
         self.levels = grid.fit(weight)
         self.codes = self.levels.nearest(weight[:, salient])
+        self.fixed = self.levels.values(self.codes)
         rest = weight[:, ~salient]
         there = (rest != 0).to(rest.dtype)
         count = there.sum(1, keepdim=True).clamp(min=1.0)
         self.mean = (rest * there).sum(1, keepdim=True) / count
         size = ((rest - self.mean if centred else rest).abs() * there).sum(1, keepdim=True) / count
-        self.signs = rest >= self.mean
+        self.signs = signed(rest >= self.mean)
         self.scale = nn.Parameter(size)
         self.row = nn.Parameter(torch.ones_like(size))
         self.column = nn.Parameter(torch.ones(1, rest.shape[1]))
@@ -62,12 +63,20 @@ class SalientColumns(SoftWeight):
 
     def forward(self) -> Tensor:
         scale, offset, column = self.stored()
-        rest = column * (scale * signed(self.signs) + offset)
-        return torch.cat([self.levels.values(self.codes), rest], 1)[:, self.place]
+        rest = column * (scale * self.signs + offset)
+        return torch.cat([self.fixed, rest], 1)[:, self.place]
+
+    def product(self, x: Tensor) -> Tensor:
+        """The same as with the whole weight, in parts whose matrices do not change: none is made anew in a step."""
+        scale, offset, column = (each.to(x.dtype) for each in self.stored())
+        self.fixed, self.signs = self.fixed.to(x.dtype), self.signs.to(x.dtype)
+        rest = x[..., ~self.salient] * column[0]
+        binary = F.linear(rest, self.signs) * scale[:, 0] + rest.sum(-1, keepdim=True) * offset[:, 0]
+        return F.linear(x[..., self.salient], self.fixed) + binary
 
     def pack(self) -> PackedWeight:
         scale, offset, column = self.stored()
-        binary = BinaryWeight.of(self.signs[None], scale[None], offset, torch.tensor([column.shape[1]]), column[0])
+        binary = BinaryWeight.of((self.signs > 0)[None], scale[None], offset, torch.tensor([column.shape[1]]), column[0])
         fixed = UniformWeight.of(self.codes, self.levels.scale, self.levels.zero, self.bits, "integer")
         return MixedColumns.of([binary, fixed], self.salient.long())
 
