@@ -5,6 +5,7 @@ of many worlds for models from elsewhere.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from posttrain.lab import worlds
 from posttrain.lab.models import ModelSpec, corpus
@@ -13,7 +14,7 @@ from posttrain.lab.worlds.world import WorldTask
 from posttrain.trajectory import Group
 
 FRESH = 100_003  # added to seeds, which are those of the corpora that models are trained on
-PLAIN = {
+PLAIN: dict[str, dict[str, Any]] = {
     "arithmetic": {"style": "worked"},
     "words": {"depth": (1, 4), "contexts": ("plain", "zoo", "school", "films")},
     "facts": {"hops": 0.2},

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 from posttrain.evaluation.task import Split, TaskItem
 from posttrain.lab.worlds.arithmetic import arithmetic
@@ -83,7 +84,7 @@ def exactly(completion: str, prompt: Prompt, *, tokens: int = 0, finish: Finish 
 
 
 def _subjects(train: int, heldout: int, seed: int) -> dict[str, WorldTask]:
-    sizes = {"train": train, "heldout": heldout, "seed": seed}
+    sizes: dict[str, Any] = {"train": train, "heldout": heldout, "seed": seed}
     written = formats(name="formats", **sizes)
     return {
         "sums": arithmetic(style="worked", name="sums", **sizes),
