@@ -216,7 +216,7 @@ def test_what_makes_no_sense_is_refused(arguments: dict[str, Any], message: str)
 
 
 def first_block() -> Block:
-    model = make_policy("llama", None).base
+    model = make_policy("llama", None, num_hidden_layers=1).base
     ids = random_tokens(8 * 16, torch.Generator().manual_seed(0)).view(8, 16)
     return next(iter(Walk(model, stacks(model)[0], [{"input_ids": ids, "use_cache": False}], keeps_float=True)))
 
