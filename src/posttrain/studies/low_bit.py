@@ -60,9 +60,10 @@ def float_tables() -> Study:
 def spqr() -> Study:
     """At equal bits, three bits in small groups with outliers kept should lose less than GPTQ in any other use of them.
 
-    Everything counts: scales, outliers with their places, the order of the columns (0.13 bits a weight in layers as
-    narrow as the lab's). Baselines of about the same 4.2 bits are GPTQ with 4 bits in groups of 128, and with 3 bits in
-    groups of 16 whose scales are in half precision. The ablation keeps no outliers.
+    Everything counts: scales, outliers with their places, the order of the columns (a quarter of a bit a weight in
+    layers as narrow as the lab's). Baselines of about as many bits, 4.2, are GPTQ with 4 bits in groups of 128, and
+    with 3 bits in groups of 16 whose scales are in half precision. The ablation keeps no outliers. SpQR's damping is 1,
+    that of GPTQ 0.01; SpQR with 0.01 is run for comparison.
 
     The paper's models have weights with heavy tails. A model of this size has few, so the first comparison asks much.
 
@@ -77,37 +78,39 @@ def spqr() -> Study:
             "gptq, groups of 16": compressed(methods.gptq(3, 16, act_order=True)),
             "no outliers": compressed(methods.spqr(threshold=float("inf"))),
             "spqr": compressed(methods.spqr()),
+            "spqr, damping 0.01": compressed(methods.spqr(damping=0.01)),
         },
         expectations=(
             Lower("spqr", than="gptq, 4 bits", metric="kl", why="small groups and outliers do for 3 bits what 4 do"),
             Lower("spqr", than="gptq, groups of 16", metric="kl", why="rounded scales leave bits for outliers"),
             Lower("spqr", than="no outliers", metric="kl", why="few weights make most of the error"),
-            Within("spqr", of="gptq, groups of 16", metric="bits", tolerance=0.2, why="equal bits"),
+            Within("spqr", of="gptq, groups of 16", metric="bits", tolerance=0.3, why="equal bits"),
         ),
     )
 
 
 @study(method="billm", card="000")
 def billm() -> Study:
-    """BiLLM should lose less than plain binary weights in GPTQ, and less than GPTQ at the bits that it really takes.
+    """BiLLM should lose less than plain binary planes, and less than GPTQ at the bits that it really takes.
 
-    The paper counts 1.08 bits. With the split's bit and seven numbers a row of each block it is 2.9, at which GPTQ has
-    two bits with a float zero in groups of 32 (3.0). The ablations are one binary plane in GPTQ with the same blocks,
-    and two of them (2.4 bits), which is BiLLM with every column salient.
+    The paper counts 1.08 bits. With the split's bit and seven numbers a row of each block it is 3.0 here, at which GPTQ
+    has two bits with a float zero in groups of 32. The ablations are one and two binary planes in the same blocks,
+    rounded to nearest; two are BiLLM with every column salient. BiLLM carries errors to later blocks alone, and layers
+    of 128 columns are one block, so that no feedback helps it in most layers of the lab, which GPTQ has in all.
 
     Rule, fixed before the run: the divergence from the float model is below that of one plane, of two planes, and of
     GPTQ with two bits.
     """
 
-    def binary(planes: int) -> Compression:
-        return Compression(f"binary x {planes}", GPTQ(Binary(planes, 128)))
+    def planes(count: int) -> Compression:
+        return Compression(f"binary x {count}", RoundToNearest(Binary(count, 128)))
 
     return Study(
-        claim="BiLLM loses less than GPTQ, in binary planes and at the bits that it stores.",
+        claim="BiLLM loses less than plain binary planes, and than GPTQ at the bits that it stores.",
         setting=MODEL,
         arms={
-            "one plane": compressed(binary(1)),
-            "two planes": compressed(binary(2)),
+            "one plane": compressed(planes(1)),
+            "two planes": compressed(planes(2)),
             "gptq, 2 bits": compressed(methods.gptq(2, 32, zero="float")),
             "billm": compressed(methods.billm()),
             "billm, searched on saliency": compressed(methods.billm(searched="saliency")),
