@@ -24,7 +24,7 @@ from posttrain.rollout.strategies.feedback import Attempt
 from posttrain.studies.arms import QUICK_PROMPTS, in_lab, trained
 from posttrain.studies.registry import study
 from posttrain.studies.study import Arm, Study
-from posttrain.studies.verdict import AtMost, Better
+from posttrain.studies.verdict import Better
 from posttrain.training.method import Method
 from posttrain.training.stage import Trained
 from posttrain.trajectory import Finish, Prompt, Sampling
@@ -106,7 +106,7 @@ def last_answer(completion: str, prompt: Prompt, *, tokens: int = 0, finish: Fin
 
 
 def doubtful_sums() -> Task:
-    """The sums and differences of `tiers`, where an answer may be taken back, as a few of the solutions do."""
+    """The sums of `tiers`, where an answer may be taken back, as a few of the solutions do."""
     task, chance = lab.task("tiers"), random.Random("doubtful sums")
 
     def shown(item: TaskItem) -> TaskItem:
@@ -170,13 +170,13 @@ def thinktuning() -> Study:
 
     Rule, fixed before the run, over four seeds and on held-out problems without a teacher: the share of completions
     that take an answer back is higher with ThinkTuning than with GRPO by more than 20 points, and the accuracy is
-    higher; a misleading teacher is not imitated (at most 5 % doubts).
+    higher; a misleading teacher is not imitated (at most 5 points more doubts than GRPO leaves of the trace).
     """
     guided = methods.thinktuning(author=Doubts())
     return Study(
         claim="Shaped feedback makes the policy take answers back where RL alone unlearns it, and makes it "
         "more accurate.",
-        setting=f"lab model tiers (sums and differences; an answer may be taken back), {WARMUP} SFT steps that leave a "
+        setting=f"lab model tiers (sums; an answer may be taken back), {WARMUP} SFT steps that leave a "
         f"trace of doubt, then {STEPS} steps x 16 prompts x 8 completions, of which 2 go on with scripted feedback.",
         arms={
             "grpo": _doubting(methods.grpo()),
@@ -187,7 +187,7 @@ def thinktuning() -> Study:
         expectations=(
             Better("shaped", than="grpo", metric="doubts", margin=0.2, why="the behaviour appears"),
             Better("shaped", than="grpo", metric="accuracy", why="and helps"),
-            AtMost("misled", "doubts", 0.05, why="control: what leads to wrong answers is not learned"),
+            Better("grpo", than="misled", metric="doubts", margin=-0.05, why="control: what is wrong is not learned"),
         ),
         seeds=4,
         notes="The card's shape for the teacher's tokens stands in for the paper's, which is not established. A pilot "

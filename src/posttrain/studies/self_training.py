@@ -18,7 +18,7 @@ from posttrain.reward.shaping import Shaping
 from posttrain.rollout.context import StepContext
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.rollout.rollout import rollout
-from posttrain.studies.arms import QUICK_PROMPTS, QUICK_STEPS, heldout_figures, in_lab, trained
+from posttrain.studies.arms import LAB, QUICK_PROMPTS, QUICK_STEPS, heldout_figures, in_lab, trained
 from posttrain.studies.registry import study
 from posttrain.studies.study import Arm, Measured, Study
 from posttrain.studies.verdict import AtLeast, AtMost, Better
@@ -78,8 +78,8 @@ class RandomAnswer:
                 t.reward = float(t.text == drawn)
 
 
-def _voting(method: Method, task: object = known_sums) -> Arm:
-    made = in_lab(method, group=VOTERS, batch=32, steps=30, learning_rate=RATE)
+def _voting(method: Method, task: object = known_sums, rate: float = RATE) -> Arm:
+    made = in_lab(method, group=VOTERS, batch=32, steps=30, learning_rate=rate)
     return trained(made, task=task, prompts=PROMPTS, extra=against_the_start, depends=(task, against_the_start))  # type: ignore[arg-type]
 
 
@@ -91,6 +91,7 @@ def mm_upt() -> Study:
     more often. All arms have 30 steps of 32 prompts x 10 completions at temperature 0.7, a rate of 5e-5 and the same
     loss (KL 0.01): with the label as the reward, with the majority vote, and with the answer of a random completion as
     the vote. A fourth arm has majority votes on hard sums, of which the model solves one in thirty: the known limit.
+    Two more have the lab's usual rate (3e-4), and are for comparison.
 
     Rule, fixed before the run, over four seeds on held-out sums, sampled at temperature 1: MM-UPT gains at least 3
     points over the untrained model, and is more accurate than the random answer; it stays within 5 points above the
@@ -108,6 +109,8 @@ def mm_upt() -> Study:
             "mm-upt": _voting(methods.mm_upt("text")),
             "random": _voting(labelled.replace(shaping=(RandomAnswer(),))),
             "hard": _voting(methods.mm_upt("text"), unknown_sums),
+            "labels at 3e-4": _voting(labelled, rate=LAB["learning_rate"]),
+            "mm-upt at 3e-4": _voting(methods.mm_upt("text"), rate=LAB["learning_rate"]),
         },
         expectations=(
             AtLeast("mm-upt", "gain", 0.03, why="it learns without labels"),
