@@ -23,6 +23,8 @@ COMMANDS = [
     "compare",
     "study",
     "chat",
+    "quantize",
+    "prune",
     "report",
     "methods",
     "methods list",
