@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.moments import InputMoments
 from posttrain.compress.packed.weight import PackedWeight
 from posttrain.compress.solvers.solver import LayerSolver
+
+AnyGrid = TypeVar("AnyGrid", bound=Grid)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,6 @@ def rounded(weight: Tensor, grid: Grid, name: str, importance: Tensor | None = N
     return grid.pack(codes, levels)
 
 
-def with_bits(grid: Grid, bits: float | None) -> Grid:
+def with_bits(grid: AnyGrid, bits: float | None) -> AnyGrid:
     """The grid with the bits that an allocation gives a layer."""
     return grid if bits is None or bits == grid.bits else replace(grid, bits=round(bits))
