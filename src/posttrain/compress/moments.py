@@ -11,7 +11,7 @@ from posttrain.trajectory import PosttrainError
 class InputMoments:
     """Running statistics of the `[tokens, in]` inputs of one linear layer, in fp32.
 
-    gram: `[in, in]` sum of X^T X (weighted). absmax, minimum, maximum: `[in]`. abs_sum: `[in]`.
+    gram: `[in, in]` sum of X^T X (weighted). absmax, minimum, maximum: `[in]`. abs_sum, square_sum: `[in]`.
     count: tokens seen; weight: sum of their weights (the same unless they were weighted).
     kept: a sample of whole token vectors for searches, `[at most keep, in]`.
     """
@@ -20,6 +20,7 @@ class InputMoments:
         self.width, self.count, self.weight, self.keep = width, 0, 0.0, keep
         self.gram = torch.zeros(width, width) if gram else None
         self.absmax, self.abs_sum, self.sum = torch.zeros(width), torch.zeros(width), torch.zeros(width)
+        self.square_sum = torch.zeros(width)
         self.minimum, self.maximum = torch.full((width,), torch.inf), torch.full((width,), -torch.inf)
         self._kept, self._keys = torch.zeros(0, width), torch.zeros(0)
         self._draw = torch.Generator().manual_seed(seed)
@@ -41,6 +42,7 @@ class InputMoments:
         self.minimum, self.maximum = torch.minimum(self.minimum, x.amin(0)), torch.maximum(self.maximum, x.amax(0))
         self.abs_sum += size.sum(0)
         self.sum += x.sum(0)
+        self.square_sum += x.square().sum(0)
         if self.keep:  # the tokens with the largest of evenly drawn keys are an even sample of all, however they came
             keys = torch.cat([self._keys, torch.rand(len(x), generator=self._draw)])
             best = keys.topk(min(self.keep, len(keys))).indices.sort().values
@@ -52,6 +54,11 @@ class InputMoments:
         if self.gram is None:
             raise ValueError("the Gram matrix was not collected")
         return self.gram * (2.0 / max(self.weight, 1e-12))
+
+    @property
+    def norm(self) -> Tensor:
+        """`[in]`: the length of each input over all tokens."""
+        return self.square_sum.sqrt()
 
     @property
     def mean_abs(self) -> Tensor:

@@ -43,6 +43,7 @@ from posttrain.methods.risk import riskpo
 from posttrain.methods.sampling import reinforce_ada
 from posttrain.methods.self_play import eva
 from posttrain.methods.self_training import mm_upt, sapo
+from posttrain.methods.sparsity import magnitude, sparsegpt, wanda
 from posttrain.methods.supervised import asft, dft, raft, sft
 from posttrain.methods.transforms import awq, crossquant, os_plus, quarot, smoothquant
 from posttrain.methods.zero import expert_iteration, process_grpo, zero_rl
@@ -93,6 +94,7 @@ __all__ = [
     "kl_cov",
     "kto",
     "luffy",
+    "magnitude",
     "method",
     "minirl",
     "minpro",
@@ -134,6 +136,7 @@ __all__ = [
     "sft",
     "simpo",
     "smoothquant",
+    "sparsegpt",
     "spqr",
     "srft",
     "st_ppo",
@@ -142,5 +145,6 @@ __all__ = [
     "trust_grpo",
     "turn_ppo",
     "visurf",
+    "wanda",
     "zero_rl",
 ]
