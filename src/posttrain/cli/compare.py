@@ -84,7 +84,9 @@ def compare(
         list[str] | None, typer.Option(metavar="PATTERN", help="Of compressions: layers that all leave as they are.")
     ] = None,
 ) -> None:
-    """Compare methods on a model: those that train at an equal budget, those that compress on the same text.
+    """Compare methods that train, or methods that compress.
+
+    Those that train have an equal budget, those that compress are calibrated and measured on the same text.
 
     Each method is run several times from the same model and judged on the same held-out problems or text: a table with
     intervals, which differences are real, and a page with the learning curves, or with perplexity against stored bits.
