@@ -86,11 +86,10 @@ def compare(
 ) -> None:
     """Compare methods that train, or methods that compress.
 
-    Those that train have an equal budget, those that compress are calibrated and measured on the same text.
-
-    Each method is run several times from the same model and judged on the same held-out problems or text: a table with
-    intervals, which differences are real, and a page with the learning curves, or with perplexity against stored bits.
-    Stopped and started again, it goes on; methods and seeds added later join what is there.
+    Those that train have an equal budget, those that compress are calibrated and measured on the same text. Each is run
+    several times from the same model and judged on the same held-out problems or text: a table with intervals, which
+    differences are real, and a page with the learning curves, or with perplexity against stored bits. Stopped and
+    started again, it goes on; methods and seeds added later join what is there.
     """
     trains = {
         "budget": budget, "samples": None if samples == 1 else samples, "steps": steps, "epochs": epochs,
