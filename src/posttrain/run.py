@@ -196,6 +196,8 @@ class _Execution:
             if given is None:
                 self.say(f"loading {spec.id}")
                 given = load(**{("model" if k == "id" else k): v for k, v in spec.model_dump().items()})
+            if any(isinstance(stage, StageSpec) for stage in self.recipe.stages):
+                given.trainable_parameters()  # a compressed model says that it has none, before anything is measured
             self.memory.starts_from(given)
             return given
         where = self.memory.stage_model(done)
