@@ -18,6 +18,7 @@ from posttrain.compress.grids.ternary import TernaryPlanes
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.packed.bilevel import BilevelWeight
 from posttrain.compress.packed.bits import pack
+from posttrain.compress.packed.linear import PackedLinear
 from posttrain.compress.packed.mixed import MixedColumns
 from posttrain.compress.packed.outliers import WithOutliers
 from posttrain.compress.packed.planes import BinaryWeight
@@ -89,6 +90,17 @@ def test_a_description_and_a_state_make_it_again(held: PackedWeight) -> None:
     again.load_state_dict(held.state_dict())
     assert torch.equal(again.dequantize(), held.dequantize())
     assert (again.shape, again.counted_bits) == (held.shape, held.counted_bits)
+
+
+@pytest.mark.parametrize("held", [*(rounded(normal(24, 256), g, "w") for g, _ in GRIDS), mixed(), outliers()])
+def test_another_precision_of_the_model_is_none_of_the_weights(held: PackedWeight) -> None:
+    before, size = held.dequantize(), held.stored_bytes
+    linear = PackedLinear(held, torch.ones(held.shape[0])).to(torch.bfloat16)
+    assert torch.equal(held.dequantize(), before)
+    assert held.stored_bytes == size
+    assert linear.bias is not None
+    assert linear.bias.dtype == torch.bfloat16
+    assert linear(torch.ones(2, held.shape[1], dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("columns", [1, 4, 5, 6, 13])

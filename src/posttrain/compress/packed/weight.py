@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -55,6 +56,15 @@ class PackedWeight(nn.Module, ABC):
 
         Written from the bit count, not from the buffers: a test holds that both agree.
         """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        """Goes along to another device, but not to another precision: scales stay what the codes were found with."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(moved, recurse)
 
     @property
     def stored_bytes(self) -> int:
