@@ -12,8 +12,9 @@ from conftest import make_model
 from posttrain.compress.stacks import stacks
 from posttrain.compress.structure import norm_outputs, structure
 from posttrain.compress.walk import Walk
+from posttrain.lab.text import plain
 from posttrain.models.causal import CausalPolicy
-from posttrain.studies.planted import large_channels, one_sided_channels
+from posttrain.studies.planted import large_channels, one_sided_channels, principal_channels
 
 Plant = Callable[[CausalPolicy, int], CausalPolicy]
 TOKENS = torch.arange(3, 43).view(2, 20)
@@ -26,7 +27,7 @@ def ranges(model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(m.minimum, m.maximum) for m in found.values()]
 
 
-@pytest.mark.parametrize("plant", [large_channels, one_sided_channels])
+@pytest.mark.parametrize("plant", [large_channels, one_sided_channels, principal_channels])
 def test_the_model_stays_what_it_was(plant: Plant, tiny_tokenizer: Any) -> None:
     model = make_model().requires_grad_(False)
     before = model(TOKENS).logits
@@ -58,3 +59,17 @@ def test_which_channels_follows_the_seed(tiny_tokenizer: Any) -> None:
         gains.append(model.model.layers[0].input_layernorm.weight.clone())
     assert torch.equal(gains[0], gains[1])
     assert not torch.equal(gains[0], gains[2])
+
+
+def test_principal_channels_are_unequal_and_uncorrelated(tiny_tokenizer: Any) -> None:
+    model: Any = make_model().requires_grad_(False)
+    principal_channels(CausalPolicy(model, tiny_tokenizer), 0)
+    assert torch.equal(model.model.layers[0].input_layernorm.weight, torch.ones(32))
+    text = "\n".join(plain(640, 0))
+    tokens = torch.tensor(tiny_tokenizer.encode(text, add_special_tokens=False))
+    hidden = [b.inputs[0].hidden for b in Walk(model, stacks(model)[0], [{"input_ids": tokens[:3968].view(-1, 128)}])]
+    x = torch.cat([h.flatten(0, -2) / h.norm(dim=-1).flatten()[:, None] for h in hidden])
+    moment = x.T @ x / len(x)
+    sizes = moment.diag().sqrt()
+    assert sizes[0] > 2 * sizes.median()
+    assert (moment - moment.diag().diag()).abs().max() < 0.2 * moment.max()

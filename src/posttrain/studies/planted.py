@@ -1,7 +1,8 @@
 """Large channels in a model that has none: small models do not grow the outliers that large ones are known for.
 
-What a norm gives is changed, and everything that reads the norm undoes the change, so that the function stays the same
-and only rounding sees a difference.
+The function stays the same and only rounding sees a difference. Either what a norm gives is changed, and everything
+that reads the norm undoes the change; or the residual stream is seen in the basis of its principal directions, in which
+its channels are as unequal as the model made them.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.calibrate import windows
 from posttrain.compress.fold import change, parameters
-from posttrain.compress.stacks import replace_module, stacks
+from posttrain.compress.stacks import Stack, replace_module, stacks
 from posttrain.compress.structure import structure
+from posttrain.compress.transforms.rotation import rotate
 from posttrain.compress.walk import Walk
 from posttrain.models.causal import CausalPolicy
 
 CHANNELS, FACTOR = 4, 30.0
 SHIFTED, SHIFT, GAIN = 3, 20.0, 8.0
+ROWS, LENGTH = 32, 128  # of the text whose hidden states give the principal directions
 
 
 def large_channels(policy: CausalPolicy, seed: int) -> CausalPolicy:
@@ -32,6 +36,32 @@ def one_sided_channels(policy: CausalPolicy, seed: int) -> CausalPolicy:
     for name, norm in [(n, m) for n, m in model.named_modules() if type(m).__name__.endswith("RMSNorm")]:
         replace_module(model, name, BiasedNorm(norm))
     return _planted(policy, seed, SHIFTED, GAIN, SHIFT)
+
+
+def principal_channels(policy: CausalPolicy, seed: int) -> CausalPolicy:
+    """The residual stream turned so that its channels are the principal directions of what the norms see of it, on text
+    drawn by seed, the largest first; the norms' gains are folded.
+    """
+    from posttrain.lab.text import plain
+
+    text = "\n".join(plain(20 * ROWS, seed))
+    tokens = torch.tensor(policy.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+    rows = torch.stack(windows(tokens, ROWS, LENGTH, seed))
+    model = policy.base
+    (stack,) = stacks(model)
+    moment = _second_moment(model, stack, rows)
+    rotate(model, lambda width, centred: torch.linalg.eigh(moment).eigenvectors.flip(1))
+    return policy
+
+
+def _second_moment(model: nn.Module, stack: Stack, tokens: Tensor) -> Tensor:
+    """`[width, width]` fp64 mean outer product of the blocks' inputs, each token at length 1."""
+    found: list[Tensor] = []
+    for block in Walk(model, stack, [{"input_ids": tokens, "use_cache": False}]):
+        x = block.inputs[0].hidden.flatten(0, -2).double()
+        x = x / x.norm(dim=-1, keepdim=True)
+        found.append(x.T @ x / len(x))
+    return torch.stack(found).mean(0)
 
 
 class BiasedNorm(nn.Module):

@@ -20,6 +20,8 @@ REFUSED = {
     "vit": "expected a language model",
     "bloom": "more than a sum of tables",
 }
+SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+           "head_dim": 64, "initializer_range": 0.04}  # fmt: skip
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -117,6 +119,16 @@ def test_heads_whose_number_has_no_matrix_are_multiplied_within_alone() -> None:
     assert not isinstance(block.module.get_submodule("self_attn.o_proj"), TransformedLinear)
     assert not torch.equal(block.module.get_parameter("self_attn.v_proj.weight"), value)
     assert same(block.outputs()[0], before)
+
+
+def test_widths_that_are_no_powers_of_two() -> None:
+    # 576 = 36 * 16, 1536 = 12 * 128, and nine heads, across which nothing is mixed
+    model = model_of("llama", **SMOLLM2)
+    before = logits(model)
+    transform(model, [ResidualRotation(), OnlineHadamard()])
+    assert same(logits(model), before)
+    steps = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, TransformedLinear)}
+    assert steps == {"down_proj"}
 
 
 def test_heads_can_be_left_alone_and_must_be_where_their_width_has_no_matrix() -> None:

@@ -17,7 +17,7 @@ from posttrain.compress.solvers.clipped import clipped
 from posttrain.compress.structure import norm_outputs, structure
 from posttrain.compress.transforms.awq import AWQ, importance
 from posttrain.compress.transforms.cross_fold import CrossFold
-from posttrain.compress.transforms.search import Part, rounded
+from posttrain.compress.transforms.search import Part, leading, rounded
 from posttrain.compress.transforms.shift import OutlierSuppression, centre, scaling, thresholds
 from posttrain.compress.transforms.smooth import SmoothQuant, smoothing
 from posttrain.compress.transforms.transform import Transform
@@ -179,7 +179,7 @@ def one_sided(name: str = "opt") -> Any:
 def test_channels_are_centred() -> None:
     block = one_sided()
     before = block.outputs()[0]
-    OutlierSuppression(shift=True, scale=False).apply_to_block(block)
+    OutlierSuppression(shift=True, scale=False, tokens=1).apply_to_block(block)
     met = norm_outputs(block, ["self_attn_layer_norm"], calls=block.inputs[:1])["self_attn_layer_norm"]
     assert torch.allclose(met.minimum, -met.maximum, atol=1e-4)
     assert same(block.outputs()[0], before)
@@ -196,7 +196,7 @@ def test_the_search_takes_the_best_of_the_papers_losses_for_a_layer_alone() -> N
     """fc1 of OPT: sum over features of (Q(X'') Q(W'')^T - X' W^T)^2, written here; the bias cancels."""
     bits, grid = 4, Restricted(4, 0)
     block, reference = one_sided(), one_sided()
-    suppression = OutlierSuppression(grid, bits, lower=1.0)
+    suppression = OutlierSuppression(grid, bits, lower=1.0, tokens=1)
     found = structure(block)
     site = next(s for s in found.norms if s.norm == "final_layer_norm")
     suppression._norm(block, found, site, ["fc1"])
@@ -253,14 +253,13 @@ def test_parts_are_the_smallest_modules_around_layers() -> None:
         "mlp.experts.0.up_proj mlp.experts.1.up_proj": "mlp.experts", "self_attn.q_proj mlp.experts.0.up_proj": "",
     }  # fmt: skip
     for names, holder in holders.items():
-        assert Part(block, names.split()).name == holder
+        assert Part(block, names.split(), block.inputs[:1]).name == holder
 
 
-def test_a_part_that_is_not_changed_makes_no_error_and_sees_as_many_calls_as_asked() -> None:
+def test_a_part_that_is_not_changed_makes_no_error_and_as_many_calls_are_looked_at_as_hold_the_tokens() -> None:
     block = first_block("llama")
-    assert Part(block, ["mlp.up_proj"], tokens=1000).error({}) == 0.0
-    assert len(Part(block, ["mlp.up_proj"]).outputs) == 1
-    assert len(Part(block, ["mlp.up_proj"], tokens=1000).outputs) == 2
+    assert Part(block, ["mlp.up_proj"], block.inputs).error({}) == 0.0
+    assert [len(leading(block.inputs, tokens)) for tokens in (1, 36, 37, 1000)] == [1, 1, 2, 2]  # of 36 tokens each
 
 
 def test_all_groups_at_once_are_rounded_as_one_by_one() -> None:

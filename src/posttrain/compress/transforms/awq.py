@@ -12,7 +12,7 @@ from posttrain.compress.grids.grid import Grid
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.solvers.rtn import with_bits
 from posttrain.compress.structure import foldable, norm_outputs
-from posttrain.compress.transforms.search import Part, rounded
+from posttrain.compress.transforms.search import Part, leading, rounded
 from posttrain.compress.transforms.transform import Transform
 from posttrain.compress.walk import Block
 
@@ -29,8 +29,8 @@ class AWQ(Transform):
     the rows of the layer that feeds them one to one (values into outputs, except where heads share values; up into
     down; a first layer into a second through a ReLU).
 
-    grid: the weights are rounded on it in the search. points: of ρ. tokens: of the calibration that the search runs on
-    (means are over all of it).
+    grid: the weights are rounded on it in the search. points: of ρ. tokens: of the calibration that the search runs on,
+    in whole batches (means are over all of it).
 
     Reference: AWQ, 2023, arXiv 2306.00978 (card 000, section 3).
     """
@@ -55,7 +55,7 @@ class AWQ(Transform):
 
     def _search(self, block: Block, names: Sequence[str], mean: Tensor) -> Tensor:
         """`[in]` the best scale for the layers of those names."""
-        part = Part(block, names, tokens=self.tokens)
+        part = Part(block, names, leading(block.inputs, self.tokens))
         weights = {name: block.linears[name].weight.detach().float() for name in names}
         grids = {name: with_bits(self.grid, block.bits.get(name)) for name in names}
 

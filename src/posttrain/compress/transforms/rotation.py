@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,24 +42,30 @@ class ResidualRotation(Transform):
     kind: Kind = "hadamard"
     seed: int = 0
 
-    @torch.no_grad()
     def apply_to_model(self, model: nn.Module) -> None:
-        stack, table = _stack_and_table(model)
-        draw = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, table.num_embeddings, (ROWS, LENGTH), generator=draw).to(table.weight.device)
-        batch: Batch = {"input_ids": tokens, "use_cache": False}
-        blocks = [residual(block, table.embedding_dim) for block in Walk(model, stack, [batch])]
-        ends = Ends(model, stack, batch)
-        centred = ends.centred or any(block.centred for block in blocks)
-        rotation = rotation_matrix(table.embedding_dim, self.kind, centred, self.seed)
-        for block in blocks:
-            block.check(rotation)
-        ends.check(rotation)
-        _rotate_tables(model, stack, batch, rotation)
-        for block in blocks:
-            change(block.module, block.rotated(parameters(block.module), rotation))
-        change(ends.norm, ends.norm_rotated(rotation))
-        change(ends.head, {"weight": ends.head_rotated(rotation)})
+        rotate(model, lambda width, centred: rotation_matrix(width, self.kind, centred, self.seed))
+
+
+@torch.no_grad()
+def rotate(model: nn.Module, matrix: Callable[[int, bool], Tensor]) -> None:
+    """Rotate the residual stream of a model, in place. matrix: makes the `[width, width]` fp64 Q of its width, and of
+    whether it must map the vector of ones to itself.
+    """
+    stack, table = _stack_and_table(model)
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, table.num_embeddings, (ROWS, LENGTH), generator=draw).to(table.weight.device)
+    batch: Batch = {"input_ids": tokens, "use_cache": False}
+    blocks = [residual(block, table.embedding_dim) for block in Walk(model, stack, [batch])]
+    ends = Ends(model, stack, batch)
+    rotation = matrix(table.embedding_dim, ends.centred or any(block.centred for block in blocks))
+    for block in blocks:
+        block.check(rotation)
+    ends.check(rotation)
+    _rotate_tables(model, stack, batch, rotation)
+    for block in blocks:
+        change(block.module, block.rotated(parameters(block.module), rotation))
+    change(ends.norm, ends.norm_rotated(rotation))
+    change(ends.head, {"weight": ends.head_rotated(rotation)})
 
 
 def rotation_matrix(width: int, kind: Kind = "hadamard", centred: bool = False, seed: int = 0) -> Tensor:

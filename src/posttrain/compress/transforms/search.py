@@ -17,13 +17,13 @@ from posttrain.compress.walk import Block, Call, run
 class Part:
     """The smallest module of a block that holds some of its layers, and what it gave on a few of the block's calls.
 
-    layers: their names in the block. until: a layer inside whose input is looked at in place of the module's output.
-    tokens: how many are looked at, in whole calls; the first call is taken however long it is.
+    layers: their names in the block. calls: those of the block that are looked at. until: a layer inside whose input
+    is compared in place of the module's output.
     outputs: call by call, of the weights as they are.
     """
 
     @torch.no_grad()
-    def __init__(self, block: Block, layers: Sequence[str], *, until: str | None = None, tokens: int = 0) -> None:
+    def __init__(self, block: Block, layers: Sequence[str], calls: Sequence[Call], *, until: str | None = None) -> None:
         self.name = _holder(block.module, layers)
         self.module = block.module.get_submodule(self.name)
         self._until = self._local(until) if until is not None and self._holds(until) else None
@@ -34,11 +34,7 @@ class Part:
 
         hook = self.module.register_forward_pre_hook(watch, with_kwargs=True)
         try:
-            seen = 0
-            for call in block.inputs:
-                if seen and seen + _tokens(call) > tokens:
-                    break
-                seen += _tokens(call)
+            for call in calls:
                 run(block.module, call)
         finally:
             hook.remove()
@@ -89,6 +85,17 @@ class Part:
         return name.removeprefix(self.name).removeprefix(".")
 
 
+def leading(calls: Sequence[Call], tokens: int) -> list[Call]:
+    """As many calls from the first on as together hold that many tokens; all of them where they hold less."""
+    found, seen = [], 0
+    for call in calls:
+        if seen >= tokens:
+            break
+        found.append(call)
+        seen += call.hidden.shape[:-1].numel()
+    return found
+
+
 def rounded(weight: Tensor, grid: Grid, name: str) -> Tensor:
     """`[out, in]` fp32 -> the nearest values of a scalar grid, all groups at once."""
     groups = weight.reshape(-1, grid.width(weight.shape[1], name))
@@ -102,7 +109,3 @@ def _holder(block: nn.Module, layers: Sequence[str]) -> str:
     while parts and isinstance(block.get_submodule(".".join(parts)), nn.ModuleList | nn.ModuleDict):
         parts = parts[:-1]
     return ".".join(parts)
-
-
-def _tokens(call: Call) -> int:
-    return call.hidden.shape[:-1].numel()

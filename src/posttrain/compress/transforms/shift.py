@@ -14,7 +14,7 @@ from posttrain.compress.grids.grid import Grid
 from posttrain.compress.grids.restricted import Restricted
 from posttrain.compress.solvers.rtn import with_bits
 from posttrain.compress.structure import Structure, foldable, norm_outputs
-from posttrain.compress.transforms.search import Part, rounded
+from posttrain.compress.transforms.search import Part, leading, rounded
 from posttrain.compress.transforms.transform import Transform
 from posttrain.compress.walk import Block
 from posttrain.trajectory import PosttrainError
@@ -34,11 +34,10 @@ class OutlierSuppression(Transform):
     changes least when inputs and weights are rounded. Inputs of a layer that another feeds channel by channel without
     attention between (up into down) are scaled as well.
 
-    Range and search are of the first calibration batch, as in the paper.
-
     grid: of the weights. bits, symmetric, per: of the inputs. Per `tensor` has the range [-t, t].
     shift: None where the norm has a bias and all its readers are linear layers; True insists, False never.
     scale: whether to search t at all. lower: smallest t that is tried (1.0 in the paper for OPT and BERT).
+    tokens: of the calibration that ranges and search are of, in whole batches (one batch in the paper).
 
     Reference: Outlier Suppression+, 2023, arXiv 2304.09145 (card 145).
     """
@@ -50,6 +49,7 @@ class OutlierSuppression(Transform):
     shift: bool | None = None
     scale: bool = True
     lower: float = 0.1
+    tokens: int = 4096
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
@@ -63,21 +63,23 @@ class OutlierSuppression(Transform):
             if names:
                 self._norm(block, found, site, names)
         if self.scale:
+            calls = leading(block.inputs, self.tokens)
             for pair in found.pairs:
                 if not pair.attention and pair.one_to_one and pair.second in block.linears:
-                    met = block.moments([pair.second], gram=False, calls=block.inputs[:1])[pair.second]
-                    part = Part(block, [pair.second])
+                    met = block.moments([pair.second], gram=False, calls=calls)[pair.second]
+                    part = Part(block, [pair.second], calls)
                     scale = self._search(block, part, [pair.second], met.minimum, met.maximum, None)
                     change(block.module, pair.scaled(parameters(block.module), scale))
 
     def _norm(self, block: Block, found: Structure, site: NormSite, names: Sequence[str]) -> None:
-        met = norm_outputs(block, [site.norm], calls=block.inputs[:1])[site.norm]
+        calls = leading(block.inputs, self.tokens)
+        met = norm_outputs(block, [site.norm], calls=calls)[site.norm]
         shift = centre(met.minimum, met.maximum) if self._shifts(block, site) else None
         away = shift if shift is not None else torch.zeros_like(met.minimum)
         scale = torch.ones_like(met.minimum)
         if self.scale:
             until = next((pair.second for pair in found.pairs if pair.first in names), None)
-            part = Part(block, names, until=until)
+            part = Part(block, names, calls, until=until)
             scale = self._search(block, part, names, met.minimum - away, met.maximum - away, shift)
         change(block.module, site.scaled(parameters(block.module), scale, shift))
 
