@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from posttrain import methods
+from conftest import make_tokenizer
+from posttrain import load, methods
 from posttrain.compress.grids.bilevel import Bilevel
 from posttrain.compress.grids.float8 import Float8
 from posttrain.compress.grids.power import Power
@@ -19,6 +21,7 @@ from posttrain.compress.method import Calibrated, Compression
 from posttrain.compress.packed.linear import PackedLinear
 from posttrain.compress.packed.weight import from_written, written
 from posttrain.compress.pipeline import compress_model
+from posttrain.compress.policy import compressed_copy
 from posttrain.compress.solvers.dmmv import LeastLargestError
 from posttrain.compress.solvers.gptq import GPTQ
 from posttrain.compress.solvers.min_max import Search
@@ -121,6 +124,14 @@ def test_over_other_architectures(name: str, architecture: str) -> None:
     with torch.no_grad():
         assert torch.isfinite(whole(**batches()[0]).logits).all()
     assert all(math.isfinite(layer.error) for layer in summary.layers)
+
+
+@pytest.mark.parametrize("name", ["nf4", "nvfp4", "spqr", "billm", "ptqtp", "ptq1.61", "nupes"])
+def test_a_folder_reads_back_to_the_bit(tmp_path: Path, name: str) -> None:
+    small = compressed_copy(make_policy("llama", make_tokenizer()), SMALL[name](), batches())
+    again = load(small.save(tmp_path / "small"), precision="fp32")
+    with torch.no_grad():
+        assert torch.equal(again.model(**batches()[0]).logits, small.model(**batches()[0]).logits)
 
 
 @pytest.mark.parametrize("name", ["ptq1.61", "dmmv"])
