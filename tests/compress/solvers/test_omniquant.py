@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_blocks import GROUP, compressed, divergence, floats, logits, text, tiny, weights
 from torch import nn
 
 from posttrain.compress.grids.uniform import Uniform
@@ -13,6 +12,7 @@ from posttrain.compress.packed.uniform import UniformWeight
 from posttrain.compress.solvers.omniquant import ClippedRange, LearnedClipping
 from posttrain.compress.solvers.rtn import rounded
 from posttrain.trajectory import PosttrainError
+from tiny_blocks import GROUP, compressed, divergence, floats, logits, text, tiny, weights
 
 
 def test_starts_at_the_logistic_of_four_of_the_range() -> None:
@@ -62,7 +62,7 @@ def test_groups_of_one_sign_keep_their_range_and_get_a_float_zero() -> None:
     found = ClippedRange(weight, 4, 1, start=30.0).pack()
     assert isinstance(found, UniformWeight)
     assert found.kind == "float"  # the range is not extended to hold 0, which would leave 16 levels from 0 to 6
-    assert float((found.dequantize() - weight).abs().max()) < 1 / 25
+    assert float((found.dequantize() - weight).abs().max().detach()) < 1 / 25
 
 
 def test_symmetric_levels() -> None:
@@ -95,8 +95,8 @@ def test_training_beats_its_start_and_follows_the_seed() -> None:
     truth = logits(tiny(**one), batches)
 
     def made(epochs: int) -> nn.Module:
-        return compressed(tiny(**one), LearnedClipping(grid, epochs, rate=0.2), batches)
+        return compressed(tiny(**one), LearnedClipping(grid, epochs, rate=0.3), batches)
 
-    first, second = made(10), made(10)
+    first, second = made(5), made(5)
     assert divergence(first, truth, batches) < divergence(made(0), truth, batches)
     assert all(torch.equal(weights(first)[n], weights(second)[n]) for n in floats(tiny(**one)))

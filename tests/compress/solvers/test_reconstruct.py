@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_blocks import GROUP, compressed, floats, packed, text, tiny, walk, weights
 from torch import Tensor
 
 from posttrain.compress.activations.dynamic import Dynamic
 from posttrain.compress.grids.uniform import Uniform
+from posttrain.compress.method import Compression
+from posttrain.compress.pipeline import compress_model
+from posttrain.compress.solvers.adaround import BlockRounding
 from posttrain.compress.solvers.lsq import LearnedSteps
 from posttrain.compress.solvers.omniquant import ClippedRange, LearnedClipping
 from posttrain.compress.solvers.reconstruct import Known, Opened, Reconstruction, Seen, cut, pieces_of
 from posttrain.compress.solvers.rtn import RoundToNearest
+from posttrain.compress.solvers.sapr import PartialRetraining
 from posttrain.compress.walk import Block, Call, run
 from posttrain.trajectory import PosttrainError
+from tiny_blocks import GROUP, compressed, floats, packed, text, tiny, walk, weights
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,21 @@ def test_other_architectures(name: str) -> None:
     model = tiny(name)
     count = len(floats(model))
     assert len(packed(compressed(model, LearnedClipping(Uniform(3, GROUP), 1)))) >= count
+
+
+def test_blocks_that_are_skipped_stay_and_those_beside_them_are_trained() -> None:
+    for options in ({}, {"window": 2, "overlap": 1}):
+        model = tiny(num_hidden_layers=3)
+        method = Compression("method", Watched(Uniform(3, GROUP), 1, **options))
+        compress_model(model, method, text(1), skip=["model.layers.1.*"])
+        assert {name.split(".")[2] for name in packed(model)} == {"0", "2"}
+
+
+@pytest.mark.parametrize("solver", [BlockRounding, PartialRetraining])
+def test_experts_that_a_step_does_not_reach(solver: type[Reconstruction]) -> None:
+    model = tiny("mixtral", num_hidden_layers=1, num_local_experts=8)
+    compressed(model, solver(Uniform(3, GROUP), 2, rows=1), text(1, rows=3, length=3))
+    assert len(packed(model)) == 4 + 8 * 3
 
 
 def test_refuses_windows_that_cannot_be() -> None:

@@ -85,6 +85,7 @@ class LearnedRounding(SoftWeight):
         self.weight, self.start, self.zero, self.bits, self.kind = weight, scale, zero, bits, kind
         self.rate, self.step_rate, self.commitment, self.hard = rate, step_rate, commitment, hard
         self.top, self.share, self.rank = 2**bits - 1, share / weight.numel(), rank
+        self.soft_now: Tensor | None = None
         self.factor = nn.Parameter(torch.ones_like(scale), requires_grad=step_rate > 0)
         if rank:
             up = torch.randn(weight.shape[0], rank, generator=draw)
@@ -123,16 +124,18 @@ class LearnedRounding(SoftWeight):
         return fake_quantized(self.weight, scale, self.zero, self.top, float_zero=self.kind == "float", delta=taken)
 
     def penalty(self, progress: float) -> Tensor | None:
-        """Of the roundings of the last forward pass."""
-        found = self.commitment(self.soft_now, progress)
+        """Of the roundings of the last forward pass; none where there was none since (an expert without tokens)."""
+        soft, self.soft_now = self.soft_now, None
+        found = None if soft is None else self.commitment(soft, progress)
         return None if found is None else found * self.share
 
+    @torch.no_grad()
     def pack(self) -> PackedWeight:
-        scale = self.scale().detach()
+        scale = self.scale()
         by_group = self.weight.reshape(self.weight.shape[0], scale.shape[1], -1)
         zero = self.zero[..., None]
         place = (by_group - zero) / scale[..., None] if self.kind == "float" else by_group / scale[..., None]
-        up = (self._logits(scale).detach() >= 0).reshape(by_group.shape)
+        up = (self._logits(scale) >= 0).reshape(by_group.shape)
         codes = place.floor() + up + (0.0 if self.kind == "float" else zero)
         codes = codes.clamp(0, self.top).to(torch.int64).reshape(self.weight.shape)
         return UniformWeight.of(codes, scale, self.zero, self.bits, self.kind)

@@ -31,10 +31,11 @@ class CrossBlock(Reconstruction):
     Reference: CBQ, 2023, arXiv 2312.07950 (card 147).
     """
 
+    targets: tuple[Target, ...] = ("prefix",)
     rank: int = 5
-    rate: float = 0.01
-    step_rate: float = 0.001
-    commitment: Commitment = field(default_factory=Commitment)
+    rate: float = 0.05
+    step_rate: float = 0.005
+    commitment: Commitment = field(default_factory=lambda: Commitment(0.0))
     hard: bool = True
     divergence: float = 1.0
     truncate: bool = True

@@ -122,6 +122,7 @@ class MergedAdapter(SoftWeight):
         scale, low = self.levels()
         return _MergedProduct.apply(x, self.weight, self.down, self.up, scale, low, self.gamma, self.top)
 
+    @torch.no_grad()
     def pack(self) -> PackedWeight:
         scale, low = self.levels()
         zero = low if self.offset else torch.full_like(scale, float(-self.lowest))

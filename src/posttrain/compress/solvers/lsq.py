@@ -45,6 +45,7 @@ class LearnedStep(SoftWeight):
     def forward(self) -> Tensor:
         return fake_quantized(self.weight, *self.levels(), self.top, clip_first=True)
 
+    @torch.no_grad()
     def pack(self) -> PackedWeight:
         scale, zero = self.levels()
         return UniformWeight.of(nearest(self.weight, scale, zero, self.top), scale, zero, self.bits, "none")

@@ -64,6 +64,7 @@ class ClippedRange(SoftWeight):
         scale, zero = self.levels()
         return fake_quantized(self.meant(), scale, zero, self.top)
 
+    @torch.no_grad()
     def pack(self) -> PackedWeight:
         scale, zero = self.levels()
         float_zero = bool((zero < 0).any() or (zero > self.top).any())

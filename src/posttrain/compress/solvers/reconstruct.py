@@ -189,7 +189,7 @@ class Reconstruction(Solver):
         softs = [layer.soft for each in opened for layer in each.layers.values()]
         for each in opened:
             each.trained += 1
-        if not total:
+        if not total or not softs:
             return
         unit = self._start(opened, pieces[:PROBED], wanted) if self.relative else 1.0
         optimizer = torch.optim.AdamW([group for soft in softs for group in soft.groups()], weight_decay=0.0)
@@ -211,10 +211,12 @@ class Reconstruction(Solver):
                             f"{first.name}: the loss of its reconstruction is {float(loss.detach())} at step {step}; "
                             f"lower the learning rate"
                         )
+                    step += 1
+                    if not loss.requires_grad:  # experts alone, and no token of the piece was sent to one
+                        continue
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     optimizer.step()
-                    step += 1
 
     @torch.no_grad()
     def _lessons(self, opened: Sequence[Opened], known: Known) -> dict[Target, list[Seen]]:

@@ -42,6 +42,7 @@ class AdaptedRange(SoftWeight):
         bound = columns**-0.5  # Kaiming with a = sqrt(5), as adapters are usually made
         self.down = nn.Parameter(torch.empty(rank, columns).uniform_(-bound, bound, generator=draw))
         self.up = nn.Parameter(torch.zeros(rows, rank))
+        self.effective: Tensor | None = None
         self.unit = 1.0
         if normalize and penalty > 0:
             with torch.no_grad():
@@ -62,9 +63,13 @@ class AdaptedRange(SoftWeight):
         return rounded + adapter
 
     def penalty(self, progress: float) -> Tensor | None:
-        """Of the last forward pass."""
-        return self.strength * self.distance(self.effective) / self.unit if self.strength > 0 else None
+        """Of the last forward pass; none where there was none since (an expert without tokens)."""
+        effective, self.effective = self.effective, None
+        if effective is None or not self.strength:
+            return None
+        return self.strength * self.distance(effective) / self.unit
 
+    @torch.no_grad()
     def pack(self) -> PackedWeight:
         base = self.clipped.pack()
         return LowRankWeight.of(base, self.up * self.scaling, self.down) if self.rank else base
