@@ -88,9 +88,10 @@ MIXED = ModelSpec(
     task=World("mixed"),
     corpus=(Share(World("pages")),),
     hidden=128,
-    layers=4,
-    steps=375,
-    batch=32,
+    layers=3,
+    rows=5600,
+    steps=700,
+    batch=16,
     learning_rate=3e-3,
     schedule="linear",
 )
