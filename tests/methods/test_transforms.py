@@ -67,7 +67,7 @@ def uneven(name: str = "llama") -> nn.Module:
 def error(model: nn.Module, method: Compression, skip: tuple[str, ...] = ()) -> float:
     """Of the logits of tokens that nothing was calibrated on, relative."""
     before = logits(model)
-    return float((logits(compressed(model, method, rows=24, skip=skip)) - before).norm() / before.norm())
+    return float((logits(compressed(model, method, rows=16, skip=skip)) - before).norm() / before.norm())
 
 
 # -- limits
@@ -184,7 +184,7 @@ def test_quarot_loses_less_than_its_parts_without_rotation() -> None:
     assert error(model, method) < 0.7 * error(model, method.replace(transforms=()))
 
 
-@pytest.mark.parametrize("name", ["opt", "gpt-neox", "mixtral", "phi3", "mamba"])
+@pytest.mark.parametrize("name", ["opt", "mixtral", "mamba"])
 def test_methods_run_on_other_architectures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("posttrain.compress.transforms.shift.STEPS", 3)
     made = [methods.smoothquant(), methods.awq(8, 0, points=2), methods.os_plus(), methods.crossquant(folded=True)]

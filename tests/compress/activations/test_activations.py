@@ -143,6 +143,12 @@ def test_steps_are_written_and_read(made: Dynamic | Static | CrossQuant | Kernel
     assert step(X[:0]).shape == (0, 16)
 
 
+def test_steps_keep_their_precision_when_the_models_is_changed() -> None:
+    step = CrossQuant(4, 0.3).fit(moments(), 16, "")
+    before = step.channel.clone()
+    assert torch.equal(torch.nn.Sequential(step).bfloat16()[0].channel, before)
+
+
 def test_folded_crossquant_works_on_divided_inputs() -> None:
     plain = CrossQuant(4, 0.15).fit(moments(), 16, "")
     folded: InputStep = CrossQuantStep(16, 4, 0.15, folded=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -32,6 +32,15 @@ class InputStep(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, inputs: Tensor) -> Tensor: ...
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputStep:
+        """Goes along to another device, but not to another precision, as a packed weight."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        return super()._apply(moved, recurse)
 
     def settings(self) -> dict[str, Any]:
         """JSON values: the arguments of `empty` beside the width."""
