@@ -5,9 +5,9 @@ that share a scale s and a zero point z; X the inputs that the float model gives
 blocks before it give; f the float block and f' the quantized one; σ the logistic function.
 
 The papers train on 128 sequences of 2,048 tokens, 20 epochs and more, on a GPU. The defaults here are what two
-processor cores do with a model of 135 million parameters in less than 20 minutes: 512 tokens a sequence and fewer
-epochs at a higher rate; `samples` and `epochs` go back to the papers' numbers. Groups are of 64 columns by default,
-which also divide matrices that 128 does not.
+processor cores do with a model of 135 million parameters in less than 20 minutes: 64 sequences of 512 tokens, fewer
+epochs, higher rates. `epochs`, and the samples and length that a calibration is given, go back to the papers' numbers.
+Groups are of 64 columns by default, which also divide matrices that 128 does not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 
 from posttrain.compress.activations.dynamic import Dynamic
 from posttrain.compress.grids.uniform import Uniform, Zero
-from posttrain.compress.method import Calibrated, Compression
+from posttrain.compress.method import Compression
 from posttrain.compress.solvers.abq import ArbitraryBit
 from posttrain.compress.solvers.adaround import AdaRound, BlockRounding, Commitment
 from posttrain.compress.solvers.cbq import CrossBlock
@@ -40,7 +40,6 @@ def omniquant(
     symmetric: bool = False,
     augmented: bool = False,
     epochs: int = 5,
-    samples: int = 64,
     rate: float = 0.05,
     activation_bits: int = 16,
 ) -> Compression:
@@ -59,7 +58,7 @@ def omniquant(
         bits: b. group: g, columns of a row that share a scale; 0 for the whole row.
         symmetric: levels evenly on both sides of 0.
         augmented: also compare with f(X'), the paper's `aug_loss`, which its 2-bit runs use.
-        epochs: passes over the calibration text, each block. samples: sequences of it.
+        epochs: passes over the calibration text, each block.
         rate: learning rate of γ and β.
         activation_bits: of each token's inputs, asymmetric; 16 leaves them as they are.
 
@@ -68,7 +67,7 @@ def omniquant(
     """
     targets: tuple[Target, ...] = ("float", "prefix") if augmented else ("float",)
     solver = LearnedClipping(Uniform(bits, group), epochs, targets=targets, rate=rate, symmetric=symmetric)
-    return _compression("omniquant", solver, samples, activation_bits)
+    return _compression("omniquant", solver, activation_bits)
 
 
 @method(family="quantization", card="000")
@@ -78,7 +77,6 @@ def adaround(
     zero: Zero = "integer",
     clip: Clip = "mse",
     steps: int = 200,
-    samples: int = 64,
     rate: float = 0.1,
     commitment: float = 30.0,
 ) -> Compression:
@@ -94,14 +92,14 @@ def adaround(
 
     Args:
         bits: b. group: g, columns of a row that share a scale; 0 for the whole row. zero, clip: the grid, as of `rtn`.
-        steps: of Adam, each layer. samples: sequences of calibration text.
+        steps: of Adam, each layer.
         rate: learning rate of V.
         commitment: λ, in units of the error of rounding to nearest, of a mean over the weights.
 
     Reference: Up or Down? Adaptive Rounding for Post-Training Quantization, 2020, arXiv 2004.10568 (card 000).
     """
     solver = AdaRound(grid=Uniform(bits, group, zero, clip), steps=steps, rate=rate, commitment=Commitment(commitment))
-    return _compression("adaround", solver, samples)
+    return _compression("adaround", solver)
 
 
 @method(family="quantization", card="000")
@@ -112,7 +110,6 @@ def brecq(
     clip: Clip = "mse",
     fisher: bool = False,
     epochs: int = 5,
-    samples: int = 64,
     rate: float = 0.1,
     commitment: float = 30.0,
 ) -> Compression:
@@ -126,7 +123,7 @@ def brecq(
     Args:
         bits: b. group: g, columns of a row that share a scale; 0 for the whole row. zero, clip: the grid, as of `rtn`.
         fisher: weigh outputs by their squared gradients.
-        epochs: passes over the calibration text, each block. samples: sequences of it.
+        epochs: passes over the calibration text, each block.
         rate: learning rate of V.
         commitment: λ, as of `adaround`.
 
@@ -135,7 +132,7 @@ def brecq(
     """
     grid = Uniform(bits, group, zero, clip)
     solver = BlockRounding(grid, epochs, rate=rate, commitment=Commitment(commitment), fisher=fisher)
-    return _compression("brecq", solver, samples)
+    return _compression("brecq", solver)
 
 
 @method(family="quantization", card="000")
@@ -143,7 +140,6 @@ def lsq(
     bits: int = 4,
     group: int = 64,
     epochs: int = 5,
-    samples: int = 64,
     step_rate: float = 0.01,
     rate: float = 0.03,
 ) -> Compression:
@@ -159,14 +155,14 @@ def lsq(
 
     Args:
         bits: b, at least 2. group: g, columns of a row that share a step; 0 for the whole row.
-        epochs: passes over the calibration text, each block. samples: sequences of it.
+        epochs: passes over the calibration text, each block.
         step_rate: learning rate of the steps, as shares of their first values.
         rate: of the weights, times their mean size; 0 trains the steps alone.
 
     Reference: Learned Step Size Quantization, 2019, arXiv 1902.08153 (card 000).
     """
     solver = LearnedSteps(Uniform(bits, group, "none"), epochs, schedule="cosine", step_rate=step_rate, rate=rate)
-    return _compression("lsq", solver, samples)
+    return _compression("lsq", solver)
 
 
 @method(family="quantization", card="147")
@@ -180,7 +176,6 @@ def cbq(
     truncate: bool = True,
     scale: bool = True,
     epochs: int = 2,
-    samples: int = 64,
     rate: float = 0.05,
     step_rate: float = 0.005,
     commitment: float = 0.0,
@@ -208,7 +203,7 @@ def cbq(
         rank: of what is added to the roundings' logits; 0 learns each of them (AdaRound).
         float_stream: also compare with the float model's own outputs.
         truncate: cut outlying weights off. scale: scale outlying channels down.
-        epochs: passes over the calibration text, each window. samples: sequences of it.
+        epochs: passes over the calibration text, each window.
         rate: learning rate of the roundings. step_rate: of the steps, as shares of their first values.
         commitment: γ, in units of the error of rounding to nearest, of a mean over the weights.
         activation_bits: of each token's inputs, asymmetric; 16 leaves them as they are.
@@ -227,7 +222,7 @@ def cbq(
         commitment=Commitment(commitment),
         truncate=truncate,
     )
-    made = _compression("cbq", solver, samples, activation_bits)
+    made = _compression("cbq", solver, activation_bits)
     return made.replace(transforms=(OutlierScaling(),) if scale else ())
 
 
@@ -238,7 +233,6 @@ def abq_llm(
     activation_bits: int = 16,
     balance: bool = True,
     epochs: int = 3,
-    samples: int = 64,
     rate: float = 0.05,
     correction: float = 0.01,
     mse: float = 1.0,
@@ -263,7 +257,7 @@ def abq_llm(
         bits: of a weight, 1 to 8. group: g, columns of a row that share a scale; 0 for the whole row.
         activation_bits: of each token's inputs, asymmetric, 2 to 8; 16 leaves them as they are.
         balance: 2^b + 1 levels at 1 and 2 bits.
-        epochs: passes over the calibration text, each block. samples: sequences of it.
+        epochs: passes over the calibration text, each block.
         rate: learning rate of the clipping. correction: of a and b; 0 for no correction.
         mse, attention: weights of those terms.
         literal: the attention term as in the authors' code (see `attention_loss`).
@@ -281,7 +275,7 @@ def abq_llm(
         attention=attention,
         literal=literal,
     )
-    return _compression("abq-llm", solver, samples, activation_bits)
+    return _compression("abq-llm", solver, activation_bits)
 
 
 @method(family="quantization", card="150")
@@ -296,7 +290,6 @@ def sapr(
     after: bool = False,
     normalize: bool = True,
     epochs: int = 4,
-    samples: int = 64,
     rate: float = 5e-3,
     clip_rate: float = 0.05,
 ) -> Compression:
@@ -318,9 +311,9 @@ def sapr(
         after: the adapter is part of what the penalty holds to W (the authors' `after_lora`).
         normalize: squared errors and penalty relative to their values at the start, so that λ means the same in every
             block; else as they are, where the authors' λ is 0.001 and F is of order 1e-8.
-        epochs: passes over the calibration text, each block. samples: sequences of it. rate: learning rate of the
-        adapters. clip_rate: of the clipping. Those of the authors, for 2,560 steps, are 0.0005
-            and 0.005.
+        epochs: passes over the calibration text, each block.
+        rate: learning rate of the adapters. clip_rate: of the clipping. Those of the authors, for 2,560 steps, are
+            0.0005 and 0.005.
 
     Reference: Enhancing Ultra-Low-Bit Quantization of Large Language Models Through Saliency-Aware Partial Retraining,
     2025, arXiv 2504.13932 (card 150).
@@ -338,7 +331,7 @@ def sapr(
         after=after,
         normalize=normalize,
     )
-    return _compression("sapr", solver, samples)
+    return _compression("sapr", solver)
 
 
 @method(family="quantization", card="126")
@@ -350,7 +343,6 @@ def l4q(
     offset: bool = True,
     start: Start = "cover",
     epochs: int = 3,
-    samples: int = 64,
     rate: float = 1e-3,
     step_rate: float = 1e-3,
 ) -> Compression:
@@ -370,7 +362,7 @@ def l4q(
         offset: learn b (a half-precision number a group); else b = 0.
         start: of s and b: `cover` holds both ends symmetrically, `lsq+` three standard deviations, `range` the smallest
             to the largest weight.
-        epochs: passes over the calibration text. samples: sequences of it.
+        epochs: passes over the calibration text.
         rate: learning rate of A and B. step_rate: of s and b, as shares of the first s.
 
     Reference: L4Q: Parameter Efficient Quantization-Aware Fine-Tuning on Large Language Models, 2024, arXiv 2402.04902
@@ -386,12 +378,12 @@ def l4q(
         offset,
         start,
     )
-    return _compression("l4q", solver, samples)
+    return _compression("l4q", solver)
 
 
-def _compression(name: str, solver: Solver, samples: int, activation_bits: int = 16) -> Compression:
+def _compression(name: str, solver: Solver, activation_bits: int = 16) -> Compression:
     """Where the inputs of layers are rounded, token by token, their channels are evened out before."""
-    made = Compression(name, solver, calibration=Calibrated(samples))
+    made = Compression(name, solver)
     if activation_bits >= 16:
         return made
     return made.replace(transforms=(SmoothQuant(0.5),), activations=Dynamic(activation_bits, symmetric=False))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_blocks import GROUP, compressed, packed, text, tiny, walk, weights
 
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.packed.low_rank import LowRankWeight
@@ -14,6 +13,7 @@ from posttrain.compress.solvers.omniquant import ClippedRange, LearnedClipping
 from posttrain.compress.solvers.sapr import AdaptedRange, PartialRetraining
 from posttrain.compress.stacks import linears, stacks
 from posttrain.trajectory import PosttrainError
+from tiny_blocks import GROUP, compressed, packed, text, tiny, walk, weights
 
 GRID = Uniform(2, GROUP)
 
