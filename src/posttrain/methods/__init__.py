@@ -37,6 +37,7 @@ from posttrain.methods.preference import (
 )
 from posttrain.methods.pretraining import rlp, rmt
 from posttrain.methods.quantization import gptq, rtn
+from posttrain.methods.reconstruction import abq_llm, adaround, brecq, cbq, l4q, lsq, omniquant, sapr
 from posttrain.methods.registry import find, method, registered
 from posttrain.methods.reward_shaping import noisy_rewards, rpr, timehc_rl, trust_grpo
 from posttrain.methods.risk import riskpo
@@ -53,12 +54,16 @@ __all__ = [
     "Compression",
     "Method",
     "Pipeline",
+    "abq_llm",
+    "adaround",
     "ahpo",
     "apo_down",
     "apo_zero",
     "asft",
     "awq",
     "billm",
+    "brecq",
+    "cbq",
     "chord",
     "chord_phi",
     "cispo",
@@ -93,6 +98,8 @@ __all__ = [
     "kdrl",
     "kl_cov",
     "kto",
+    "l4q",
+    "lsq",
     "luffy",
     "magnitude",
     "method",
@@ -105,6 +112,7 @@ __all__ = [
     "noisy_rewards",
     "nupes",
     "nvfp4",
+    "omniquant",
     "opo",
     "orpo",
     "os_plus",
@@ -133,6 +141,7 @@ __all__ = [
     "rtn",
     "s_ppo",
     "sapo",
+    "sapr",
     "sft",
     "simpo",
     "smoothquant",
