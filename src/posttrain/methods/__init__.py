@@ -2,6 +2,15 @@
 
 from posttrain.compress.method import Compression
 from posttrain.methods.agents import s_ppo, st_ppo, turn_ppo
+from posttrain.methods.allocation import (
+    cptquant_cca,
+    cptquant_pruning,
+    cptquant_taylor,
+    moequant,
+    q_vlm,
+    slim_llm,
+    slim_llm_plus,
+)
 from posttrain.methods.baselines import clip_cov, dppo, gmpo, gpg, grpo_passk, kl_cov, opo, otb, remax
 from posttrain.methods.continual import recap, rif_rft
 from posttrain.methods.curriculum import curr_reft, dump, modomodo
@@ -44,9 +53,10 @@ from posttrain.methods.risk import riskpo
 from posttrain.methods.sampling import reinforce_ada
 from posttrain.methods.self_play import eva
 from posttrain.methods.self_training import mm_upt, sapo
-from posttrain.methods.sparsity import magnitude, sparsegpt, wanda
+from posttrain.methods.sparsity import double_sparsity, granet, magnitude, paser, sparsegpt, wanda
 from posttrain.methods.supervised import asft, dft, raft, sft
 from posttrain.methods.transforms import awq, crossquant, os_plus, quarot, smoothquant
+from posttrain.methods.vector import decoupleq, vptq
 from posttrain.methods.zero import expert_iteration, process_grpo, zero_rl
 from posttrain.training.method import Method, Pipeline
 
@@ -68,12 +78,17 @@ __all__ = [
     "chord_phi",
     "cispo",
     "clip_cov",
+    "cptquant_cca",
+    "cptquant_pruning",
+    "cptquant_taylor",
     "crossquant",
     "curr_reft",
     "dapo",
     "darling",
+    "decoupleq",
     "dft",
     "dmmv",
+    "double_sparsity",
     "dpo",
     "dpo_norm",
     "dppo",
@@ -88,6 +103,7 @@ __all__ = [
     "gmpo",
     "gpg",
     "gptq",
+    "granet",
     "grpo",
     "grpo_passk",
     "gspo",
@@ -107,6 +123,7 @@ __all__ = [
     "minpro",
     "mm_upt",
     "modomodo",
+    "moequant",
     "mxfp4",
     "nf4",
     "noisy_rewards",
@@ -117,11 +134,13 @@ __all__ = [
     "orpo",
     "os_plus",
     "otb",
+    "paser",
     "ppo",
     "prefix_rft",
     "process_grpo",
     "ptq1_61",
     "ptqtp",
+    "q_vlm",
     "quarot",
     "raft",
     "recap",
@@ -144,6 +163,8 @@ __all__ = [
     "sapr",
     "sft",
     "simpo",
+    "slim_llm",
+    "slim_llm_plus",
     "smoothquant",
     "sparsegpt",
     "spqr",
@@ -154,6 +175,7 @@ __all__ = [
     "trust_grpo",
     "turn_ppo",
     "visurf",
+    "vptq",
     "wanda",
     "zero_rl",
 ]

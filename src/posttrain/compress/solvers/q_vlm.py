@@ -67,14 +67,18 @@ class JointClipping(Solver):
         self.grid.width(shape[1], name)
 
     def solve_model(self, blocks: Iterable[Block], prepare: Prepare, done: Callable[[Block], None]) -> None:
-        partition = Partition(self.longest)
+        partition = self.partition()
         for block in blocks:
             prepare(block)
             self._solve(block, partition)
             done(block)
 
     def solve_block(self, block: Block) -> None:
-        self._solve(block, Partition(self.longest))
+        self._solve(block, self.partition())
+
+    def partition(self) -> Partition:
+        """What joins the layers of one model."""
+        return Partition(self.longest)
 
     def _solve(self, block: Block, partition: Partition) -> None:
         seeing = any(fnmatch.fnmatchcase(block.name, pattern) for pattern in self.vision)
