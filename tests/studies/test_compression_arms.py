@@ -112,10 +112,14 @@ def test_text_where_none_is_given():
 
 @pytest.mark.lab
 def test_the_real_model_predicts_well_and_can_be_compressed():
-    arm = compressed(methods.gptq(bits=4, group=64), rows=50, problems=60, samples=32)
-    found = run(arm)
-    assert found.figures["float_perplexity"] < 2.5
-    assert found.figures["accuracy"] > 0.5
-    assert found.figures["perplexity"] < 1.02 * found.figures["float_perplexity"]
-    two = run(compressed(methods.rtn(bits=2, group=64), rows=50, problems=60, samples=32))
-    assert two.figures["perplexity"] > 1.1 * two.figures["float_perplexity"]
+    arms = {
+        "four": compressed(methods.gptq(bits=4, group=64), rows=50, problems=60, samples=32),
+        "two": compressed(methods.gptq(bits=2, group=64), rows=50, problems=60, samples=32),
+        "nearest": compressed(methods.rtn(bits=2, group=64), rows=50, problems=60, samples=32),
+    }
+    found = {name: run(arm).figures for name, arm in arms.items()}
+    float_perplexity = found["four"]["float_perplexity"]
+    assert float_perplexity < 2
+    assert found["four"]["accuracy"] > 0.25
+    assert found["four"]["perplexity"] < 1.01 * float_perplexity
+    assert 1.02 * float_perplexity < found["two"]["perplexity"] < 0.9 * found["nearest"]["perplexity"]
