@@ -1,0 +1,78 @@
+// The values of codes with 512-bit vectors.
+
+#include "avx512.h"
+
+#if X86
+
+FOR_AVX512 void uniform_tables_avx512(const Values *v, int64_t row, float *scale, float *zero) {
+    const Codes *c = &v->codes;
+    const __m512i where = _mm512_loadu_si512(v->sixteen_bytes), shift = _mm512_loadu_si512(v->sixteen_shift);
+    for (int64_t g = 0; g < c->groups; g += 16) {
+        const __mmask16 there = first_of(c->groups - g);
+        __m512 zeros = _mm512_set1_ps(middle(c->bits));
+        if (c->kind == ZERO_INTEGER) {
+            const uint8_t *packed = (const uint8_t *)c->zero + row * c->zero_bytes;
+            zeros = _mm512_cvtepi32_ps(sixteen(packed, c->zero_bytes, c->bits, g, where, shift));
+        } else if (c->kind == ZERO_FLOAT) {
+            zeros = halves((const uint16_t *)c->zero + row * c->groups + g, there);
+        }
+        _mm512_mask_storeu_ps(scale + g, there, scales_from(c, row, g));
+        _mm512_mask_storeu_ps(zero + g, there, zeros);
+    }
+}
+
+// Rounded as float arithmetic in two steps rounds: no fused multiplication and addition.
+FOR_AVX512 void uniform_values_avx512(const Values *v, int64_t row, const float *scale, const float *zero, void *out,
+                                      int type, uint8_t *room) {
+    (void)room;
+    const Codes *c = &v->codes;
+    const uint8_t *packed = c->codes + row * c->code_bytes;
+    const __m512i where = _mm512_loadu_si512(v->sixteen_bytes), shift = _mm512_loadu_si512(v->sixteen_shift);
+    const int64_t group = c->columns / c->groups;
+    int64_t g = 0, next = group;
+    for (int64_t k = 0; k < c->columns; k += 16) {
+        const __mmask16 there = first_of(c->columns - k);
+        const __m512i number = sixteen(packed, c->code_bytes, c->bits, k, where, shift);
+        const __m512 code = _mm512_cvtepi32_ps(number);
+        __m512 s, z;
+        if (v->group_index) {
+            const __m512i index = _mm512_maskz_loadu_epi32(there, v->group_index + k);
+            s = _mm512_i32gather_ps(index, scale, 4), z = _mm512_i32gather_ps(index, zero, 4);
+        } else {
+            if (k >= next) g++, next += group;
+            s = _mm512_set1_ps(scale[g]), z = _mm512_set1_ps(zero[g]);
+        }
+        __m512 w;
+        if (c->table) {
+            w = _mm512_mul_ps(_mm512_i32gather_ps(number, c->table, 4), s);
+        } else if (c->kind == ZERO_FLOAT) {
+            w = _mm512_mul_ps(code, s);
+            __asm__("" : "+v"(w));  // a compiler that fuses would round once
+            w = _mm512_add_ps(w, z);
+        } else {
+            w = _mm512_mul_ps(_mm512_sub_ps(code, z), s);
+        }
+        if (type == BF16) {
+            const __m512i bits = _mm512_castps_si512(w), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+            const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+            const __mmask16 no_number = _mm512_cmp_ps_mask(w, w, _CMP_UNORD_Q);
+            const __m512i word = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), no_number, _mm512_set1_epi32(0x7fc0));
+            _mm256_mask_storeu_epi16((uint16_t *)out + k, there, _mm512_cvtepi32_epi16(word));
+        } else {
+            _mm512_mask_storeu_ps((float *)out + k, there, w);
+        }
+    }
+}
+
+FOR_AVX512 float dot_avx512(const float *a, const float *b, int64_t n) {
+    __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t k = 0; k < n; k += 64)
+        for (int s = 0; s < 4; s++) {
+            const int64_t at = k + 16 * s, left = n - at;
+            const __mmask16 there = left <= 0 ? 0 : first_of(left);
+            sum[s] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, a + at), _mm512_maskz_loadu_ps(there, b + at), sum[s]);
+        }
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+}
+
+#endif

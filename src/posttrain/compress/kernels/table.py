@@ -1,0 +1,64 @@
+"""Products of codes that a table gives their values: `w = scale table[code]` (`packed.table`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posttrain.compress.kernels.library import DTYPES, address, call
+from posttrain.compress.kernels.uniform import check_codes, rows_of
+
+MOST_BITS = 5  # of codes, whose tables fit into registers
+_HALF, _FLOAT, _BYTE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class GroupScales:
+    """`[out, groups]` scales as they are stored.
+
+    codes: fp16 or fp32 scales; or uint8, which stand for `table[code]`, or `table[code] * peak + whole` with peaks
+    `[ceil(out / 256), groups]` fp32. table: `[256]` fp32.
+    """
+
+    codes: Tensor
+    table: Tensor | None = None
+    peaks: Tensor | None = None
+    whole: float = 0.0
+
+    @property
+    def kind(self) -> int:
+        return {torch.float16: _HALF, torch.float32: _FLOAT, torch.uint8: _BYTE}[self.codes.dtype]
+
+
+def table_product(inputs: Tensor, codes: Tensor, table: Tensor, scales: GroupScales, bits: int) -> Tensor:
+    """`[..., in]` fp32 or bf16 -> `[..., out]`. codes: `[out, ceil(in * bits / 8)]` uint8. table: `[2**bits]` fp32."""
+    rows, groups = scales.codes.shape
+    columns = inputs.shape[-1]
+    check_codes(columns, codes, scales.codes, bits)
+    x = rows_of(inputs)
+    out = torch.empty(x.shape[0], rows, dtype=x.dtype)
+    call(
+        "table_product", address(codes), address(table), address(scales.codes), scales.kind, address(scales.table),
+        address(scales.peaks), scales.whole, rows, columns, groups, bits, x.data_ptr(), DTYPES[x.dtype], x.shape[0],
+        x.stride(0), out.data_ptr(), work=rows * columns,
+    )  # fmt: skip
+    return out.view(*inputs.shape[:-1], rows)
+
+
+def table_values(
+    columns: int, codes: Tensor, table: Tensor, scales: GroupScales, bits: int,
+    dtype: torch.dtype = torch.float32, rows: slice = slice(None),
+) -> Tensor:  # fmt: skip
+    """The values of some rows, `[rows, columns]` fp32, or bf16 rounded from that."""
+    all_rows, groups = scales.codes.shape
+    check_codes(columns, codes, scales.codes, bits)
+    begin, end, _ = rows.indices(all_rows)
+    out = torch.empty(end - begin, columns, dtype=dtype)
+    call(
+        "table_values", address(codes), address(table), address(scales.codes), scales.kind, address(scales.table),
+        address(scales.peaks), scales.whole, all_rows, columns, groups, bits, begin, end - begin, out.data_ptr(),
+        DTYPES[dtype], work=out.numel(),
+    )  # fmt: skip
+    return out
