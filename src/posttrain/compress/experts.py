@@ -47,7 +47,7 @@ class Experts(nn.Module):
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
-        self.count = int(fused.down_proj.shape[0])  # type: ignore[union-attr, operator]
+        self.count = len(fused.get_parameter("down_proj"))
         for number in range(self.count):
             self.add_module(str(number), _expert(fused, number))
         for name in [n for n, _ in fused.named_parameters(recurse=False) if n.removesuffix("_bias") in FUSED]:
@@ -161,7 +161,8 @@ def _expert(fused: nn.Module, number: int) -> Expert:
     weight, bias = matrix("gate_up_proj")
     half = len(weight) // 2
     gate, up = (slice(0, None, 2), slice(1, None, 2)) if _interleaved(fused) else (slice(0, half), slice(half, None))
-    return Expert(*(_linear(weight[rows], None if bias is None else bias[rows]) for rows in (gate, up)), down)
+    made = [_linear(weight[rows], None if bias is None else bias[rows]) for rows in (gate, up)]
+    return Expert(made[0], made[1], down)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

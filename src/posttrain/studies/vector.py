@@ -29,8 +29,7 @@ def vptq() -> Study:
     Rule, fixed before the run: by the divergence from the float model, VPTQ below GPTQ, below itself without
     compensation and with vectors of one weight; not above itself without the last fit; equal bits within 0.1.
     """
-    plain = {"bits": 2, "overhead": 0.15}
-    alone = Compression("weighted k-means", VPTQ(**plain, damping=1e6, refit=0))
+    alone = Compression("weighted k-means", VPTQ(2, damping=1e6, refit=0))
     return Study(
         claim="At two bits VPTQ loses less than GPTQ, and its vectors and its compensation are both needed for that.",
         setting=MODEL,

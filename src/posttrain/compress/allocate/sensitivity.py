@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -170,7 +171,7 @@ class Pruning(Score):
         for layer in layers:
             lost = 0.0
             for share in self.shares:
-                with changed(layer, lambda weight, share=share: pruned(weight, share)):
+                with changed(layer, partial(pruned, share=share)):
                     lost += (math.exp(mean_loss(model, looked_at)) - before) / before
             found[layer.name] = max(0.0, lost / len(self.shares))
         return found

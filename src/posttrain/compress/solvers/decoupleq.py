@@ -145,6 +145,8 @@ def alternated(problem: Problem, rounds: int, rounder: Rounder | None, first: in
 class FixedCodes(SoftWeight):
     """`s q + z` with the codes fixed and the floats learned; of a symmetric grid s alone."""
 
+    codes: Tensor
+
     def __init__(self, packed: UniformWeight, rate: float) -> None:
         super().__init__()
         self.packed, self.rate = packed, rate
@@ -187,7 +189,9 @@ class BlockStep(Reconstruction):
         opened = super().open(block, known)
         if self.norms:
             softs = [layer.soft for layer in opened.layers.values() if isinstance(layer.soft, FixedCodes)]
-            softs[0].beside = [p.requires_grad_(True) for p in norm_parameters(block.module)]
+            softs[0].beside = norm_parameters(block.module)
+            for parameter in softs[0].beside:
+                parameter.requires_grad_(True)
         return opened
 
     def solve_block(self, block: Block) -> None:
@@ -200,4 +204,4 @@ class BlockStep(Reconstruction):
 def norm_parameters(block: nn.Module) -> list[nn.Parameter]:
     """Weights and biases of a block's norms that are held in fp32."""
     norms = [m for m in block.modules() if "Norm" in type(m).__name__]
-    return [p for m in norms for p in m.parameters(recurse=False) if p.dtype == torch.float32]
+    return [p for norm in norms for p in norm.parameters(recurse=False) if p.dtype == torch.float32]
