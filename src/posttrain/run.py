@@ -269,6 +269,9 @@ class _Execution:
                 evaluator=self._evaluator(policy, stage, heldout),
                 stop=self.stop,
             )
+            if trainer.total != total:  # the sampler chose among the rows
+                self.memory.values["stages"][i]["steps"] = total = tracker.total = trainer.total
+                self.memory.save()
             before = heldout_loss(trainer, heldout) if heldout else None
             outcome = trainer.run()
         if outcome.status == "interrupted":

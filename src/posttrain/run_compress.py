@@ -44,7 +44,7 @@ def compress_stage(
         "method": stage.method.name,
         "bits": round(done.bits, 4),
         "layers": len(done.layers),
-        "error": round(sum(layer.error for layer in done.layers) / len(done.layers), 4),
+        "error": round(sum(layer.error for layer in done.layers) / max(1, len(done.layers)), 4),
         "bytes_before": model_bytes(policy.base),
         "bytes_after": model_bytes(made.base),
         "tokens": sum(batch["input_ids"].numel() for batch in batches) if stage.method.uses_data else 0,

@@ -23,8 +23,9 @@ from posttrain.compress.experts import is_unfused, unfuse
 from posttrain.compress.packed import inputs as steps
 from posttrain.compress.packed import weight as weights
 from posttrain.compress.packed.linear import PackedLinear, TransformedLinear
-from posttrain.compress.pipeline import LayerSummary, Summary
+from posttrain.compress.pipeline import LayerSummary, Summary, bits_and_bytes
 from posttrain.compress.policy import CompressedPolicy
+from posttrain.compress.sparse_attention import ChosenTokens, heed
 from posttrain.compress.stacks import replace_module
 from posttrain.training.checkpoint import sync
 from posttrain.trajectory import PosttrainError
@@ -100,6 +101,7 @@ def _write(policy: CausalPolicy, folder: Path, about: dict[str, Any]) -> None:
         "about": about,
         "unfused": is_unfused(model),
         "layers": {n: _described(m) for n, m in modules.items() if isinstance(m, PackedLinear | TransformedLinear)},
+        "attention": {n.rpartition(".")[0]: m.settings() for n, m in modules.items() if isinstance(m, ChosenTokens)},
         "biases": [n for n, m in modules.items() if type(m) is nn.Linear and m.bias is not None],
     }
     save_file(_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
@@ -205,6 +207,10 @@ def _empty(described: dict[str, Any], quantization: dict[str, Any], dtype: torch
     _know_all_formats()
     for name, layer in quantization["layers"].items():
         replace_module(model, name, _layer(model.get_submodule(name), layer, dtype))
+    for name, settings in quantization.get("attention", {}).items():
+        model.get_submodule(name).token_choice = ChosenTokens(**settings)
+    if quantization.get("attention"):
+        heed(model)
     for name in quantization["biases"]:
         linear = model.get_submodule(name)
         if linear.bias is None:  # a transform added it
@@ -280,11 +286,13 @@ def _done(model: nn.Module, about: dict[str, Any]) -> Summary:
     packed = {n: m.weight for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     told = about.get("layers")
     errors = {row["name"]: row["error"] for row in told} if isinstance(told, list) else {}
+    bits, size = bits_and_bytes(model)
     order = [*(name for name in errors if name in packed), *(name for name in packed if name not in errors)]
     return Summary(
         str(about.get("method", "unknown")),
         float(about.get("seconds", 0.0)),
         [LayerSummary(n, packed[n].bits_per_weight, float(errors.get(n, float("nan")))) for n in order],
-        sum(p.counted_bits for p in packed.values()) / sum(p.shape[0] * p.shape[1] for p in packed.values()),
-        sum(p.stored_bytes for p in packed.values()),
+        bits,
+        size,
+        dict(about.get("arguments") or {}),
     )

@@ -70,7 +70,7 @@ def measurement(small: CompressedPolicy, policy: CausalPolicy, found: Prediction
 def mean_error(small: CompressedPolicy) -> float:
     """The relative Frobenius error of a layer's weights, mean over the packed layers."""
     layers = small.compression.layers
-    return sum(layer.error for layer in layers) / len(layers)
+    return sum(layer.error for layer in layers) / max(1, len(layers))
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from posttrain.compress.activations.quantizer import Activations
 from posttrain.compress.allocate import Allocation
 from posttrain.compress.solvers.solver import Solver
+from posttrain.compress.sparse_attention import SparseAttention
 from posttrain.compress.transforms.transform import Transform
 from posttrain.compress.walk import Batch
 
@@ -33,6 +34,7 @@ class Compression:
 
     transforms: function-preserving changes before. allocation: which layer gets how many bits (None: the grid's).
     solver: picks the codes, on its grid. activations: how the inputs of packed layers are quantized (None: not at all).
+    attention: which tokens a decode step attends to (None: all); chosen for once the weights are packed.
     calibration: how much text by default. skip: patterns of layers that stay as they are.
     arguments: what the method function was called with (for reports).
     """
@@ -42,6 +44,7 @@ class Compression:
     transforms: tuple[Transform, ...] = ()
     allocation: Allocation | None = None
     activations: Activations | None = None
+    attention: SparseAttention | None = None
     calibration: Calibrated = field(default_factory=Calibrated)
     skip: tuple[str, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -51,7 +54,8 @@ class Compression:
         """Whether the result depends on the calibration text; if not, any tokens serve to find the layers' order."""
         if self.transforms or self.allocation is not None:
             return True
-        fitted = self.activations is not None and self.activations.uses_data
+        parts = (self.activations, self.attention)
+        fitted = any(part is not None and part.uses_data for part in parts)
         return fitted or bool(getattr(self.solver, "uses_data", True))
 
     def replace(self, **parts: Any) -> Compression:

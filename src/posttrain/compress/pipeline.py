@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,13 +31,16 @@ class LayerSummary:
 
 @dataclass(slots=True)
 class Summary:
-    """What a compression did. seconds: of the whole; layers: in the order in which they were packed."""
+    """What a compression did. seconds: of the whole; layers: in the order in which they were packed; arguments: of the
+    method.
+    """
 
     method: str
     seconds: float = 0.0
     layers: list[LayerSummary] = field(default_factory=list)
     bits: float = 0.0
     packed_bytes: int = 0
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def compress_model(
@@ -48,7 +52,7 @@ def compress_model(
     seed: int = 0,
     progress: Progress = lambda done, total: None,
 ) -> Summary:
-    """Compress a model in place: its blocks' linear layers become `PackedLinear`.
+    """Compress a model in place: its blocks' linear layers become `PackedLinear`, its attention what the method says.
 
     batches: calibration, the keyword arguments of a forward pass each (`{"input_ids": ...}`, `{"pixel_values": ...}`).
     skip: patterns of layers to leave as they are, beside the method's. progress: of blocks.
@@ -67,7 +71,7 @@ def compress_model(
             summary = _compress(model, method, batches, patterns, seed, progress)
     finally:
         model.train(was_training)
-    summary.seconds = time.perf_counter() - begun
+    summary.seconds, summary.arguments = time.perf_counter() - begun, dict(method.arguments)
     return summary
 
 
@@ -115,11 +119,19 @@ def _compress(
             done(block)
 
         method.solver.solve_model(walk, prepare, finished)
+    if method.attention is not None:
+        method.attention.apply_to_model(model, batches, seed)
+    summary.bits, summary.packed_bytes = bits_and_bytes(model)
+    return summary
+
+
+def bits_and_bytes(model: nn.Module) -> tuple[float, int]:
+    """Bits of a packed weight, everything counted (of a float one where nothing is packed), and bytes of all."""
     packed = [m.weight for m in model.modules() if isinstance(m, PackedLinear)]
     weights = sum(p.shape[0] * p.shape[1] for p in packed)
-    summary.bits = sum(p.counted_bits for p in packed) / weights
-    summary.packed_bytes = sum(p.stored_bytes for p in packed)
-    return summary
+    if not packed:
+        return 8.0 * next(model.parameters()).dtype.itemsize, 0
+    return sum(p.counted_bits for p in packed) / weights, sum(p.stored_bytes for p in packed)
 
 
 def _fit_activations(block: Block, method: Compression) -> None:

@@ -14,7 +14,9 @@ class Sampler(Protocol):
     """State is a JSON object: a resumed run takes exactly the rows that an uninterrupted one would have taken.
 
     One may also have `survey(prompts, draw)`, called before every step with all prompts of the stage and a function
-    that draws scored completions (`draw(prompts, samples)`), and `metrics()`, figures for the run's log.
+    that draws scored completions (`draw(prompts, samples)`), and `metrics()`, figures for the run's log. One for rows
+    of a data set may have `select(groups, policy, teacher)`, called once before the first step (and again where a run
+    is resumed), after which `kept` are the numbers of the rows that it takes.
     """
 
     def take(self, count: int) -> list[int]:

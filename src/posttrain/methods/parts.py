@@ -14,7 +14,7 @@ from posttrain.objective.mixture import Mixture
 from posttrain.training.method import OBJECTIVE_PARTS, Method, Pipeline
 
 TOLD_ELSEWHERE = ("name", "objective", "data", "settings", "arguments")
-COMPRESSION_PARTS = ("transforms", "allocation", "solver", "activations", "calibration", "skip")
+COMPRESSION_PARTS = ("transforms", "allocation", "solver", "activations", "attention", "calibration", "skip")
 Parts = dict[str, Any]
 
 

@@ -121,7 +121,7 @@ def _classes(place: str, part: object) -> Iterator[tuple[str, type]]:
 
 # -- compression -----------------------------------------------------------------------------------------------------
 
-COMPRESSION = ("method", "card", "transforms", "allocation", "solver", "grid", "activations")
+COMPRESSION = ("method", "card", "transforms", "allocation", "solver", "grid", "activations", "attention")
 
 
 def compression_table(entries: Iterable[Entry] | None = None) -> str:
@@ -131,8 +131,8 @@ def compression_table(entries: Iterable[Entry] | None = None) -> str:
         made = entry.function()
         if isinstance(made, Compression):
             solver, grid = _apart(made.solver)
-            parts = [_code(written(part, brief=True)) if part else ""
-                     for part in (made.transforms, made.allocation, solver, grid, made.activations)]  # fmt: skip
+            held = (made.transforms, made.allocation, solver, grid, made.activations, made.attention)
+            parts = [_code(written(part, brief=True)) if part else "" for part in held]
             rows.append([f"**{entry.name}**", ", ".join(entry.cards), *parts])
     used = [i for i in range(len(COMPRESSION)) if i < 2 or any(row[i] for row in rows)]
     return _markdown([COMPRESSION[i] for i in used], [[row[i] for i in used] for row in rows])
@@ -154,7 +154,7 @@ def compression_parts_table(entries: Iterable[Entry] | None = None) -> str:
     for entry in registered().values() if entries is None else entries:
         made = entry.function()
         if isinstance(made, Compression):
-            for place in ("transforms", "allocation", "solver", "activations"):
+            for place in ("transforms", "allocation", "solver", "activations", "attention"):
                 for at, kind in _classes(place, getattr(made, place)):
                     found[at][kind.__name__] = kind
     for module in pkgutil.iter_modules(packed.__path__, f"{packed.__name__}."):  # which makes every format known

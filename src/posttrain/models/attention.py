@@ -24,12 +24,40 @@ NAME = "posttrain"
 LONG = 1024  # from this many keys on, the tiled kernel of torch beats products of small matrices
 
 
+class TokenChoice(Protocol):
+    """Which of the keys it may see a query attends to, where a layer has one in its attention module's `token_choice`:
+    chosen for each head by labels of the keys, which a decode cache keeps beside them. A prompt is read whole.
+    """
+
+    def labels(self, key: Tensor) -> Tensor:
+        """`[rows, key heads, N, width]` to `[rows, heads, N, label width]`."""
+        ...
+
+    def within(self, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
+        """Which keys each query of `[B, heads, Q, width]` attends to: `[B, heads, Q, K]`, a part of the mask `[B, 1, Q,
+        K]`.
+        """
+        ...
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, labels: Tensor, visible: Tensor, scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:  # fmt: skip
+        """A decode step: query `[rows, heads, 1, width]`, contiguous key and value `[rows, key heads, K, width]`,
+        visible `[rows, 1, 1, K]` bool to `[rows, heads, 1, value width]`.
+        """
+        ...
+
+
 class LayerState(NamedTuple):
-    """What a layer's attention was given: key and value `[key heads, N, width]`, and its sliding window if any."""
+    """What a layer's attention was given: key and value `[key heads, N, width]`, its sliding window if any, and what
+    chooses tokens in it if anything does.
+    """
 
     key: Tensor
     value: Tensor
     window: int | None
+    choice: TokenChoice | None = None
 
 
 class KeyValueSlots(Protocol):
@@ -45,6 +73,7 @@ class KeyValueSlots(Protocol):
         *,
         window: int | None = None,
         softcap: float | None = None,
+        choice: TokenChoice | None = None,
     ) -> Tensor: ...
 
 
@@ -70,16 +99,18 @@ def attention_forward(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = int(sliding_window) if sliding_window else None
     layer = int(getattr(module, "layer_idx", None) or 0)
+    choice: TokenChoice | None = getattr(module, "token_choice", None)
     if kv_slots is not None:
-        return kv_slots.attend(layer, query, key, value, scale, window=window, softcap=softcap), None
+        return kv_slots.attend(layer, query, key, value, scale, window=window, softcap=softcap, choice=choice), None
     if packed_layout is None:
         raise RuntimeError("packed attention was called without a layout")
     if captured is not None:
         if layer in captured:
             raise NotImplementedError(f"layer {layer} attends more than once")
-        captured[layer] = LayerState(key[0], value[0], window)
+        captured[layer] = LayerState(key[0], value[0], window, choice)
+        choice = None  # a prompt is read whole
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, heads, width]
-    pieces = [_attend_bucket(b, q, k, v, window, scale, softcap) for b in packed_layout.buckets]
+    pieces = [_attend_bucket(b, q, k, v, window, scale, softcap, choice) for b in packed_layout.buckets]
     if any(p.requires_grad for p in pieces):
         order = torch.cat([b.packed for b in packed_layout.buckets])
         back = torch.empty_like(order)
@@ -92,20 +123,24 @@ def attention_forward(
 
 
 def _attend_bucket(
-    bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, softcap: float | None
-) -> Tensor:
+    bucket: Bucket, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, softcap: float | None,
+    choice: TokenChoice | None,
+) -> Tensor:  # fmt: skip
     """Attention of one bucket: q, k, v `[N, heads, width]` to `[queries of the bucket, heads, value width]`."""
     rows, width = bucket.query.shape
     bq = q.index_select(0, bucket.query.flatten()).view(rows, width, *q.shape[1:]).transpose(1, 2)
     bk = k.index_select(0, bucket.key.flatten()).view(rows, -1, *k.shape[1:]).transpose(1, 2)
     bv = v.index_select(0, bucket.key.flatten()).view(rows, -1, *v.shape[1:]).transpose(1, 2)
-    found = attend(bq, bk, bv, bucket.within(window), scale, softcap)
+    mask = bucket.within(window)
+    if choice is not None:
+        mask = choice.within(bq, bk, mask)
+    found = attend(bq, bk, bv, mask, scale, softcap)
     return found.transpose(1, 2).flatten(0, 1).index_select(0, bucket.query_rows)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None = None) -> Tensor:
     """Masked attention with grouped heads: q `[B, H, Q, D]`, k `[B, Hk, K, D]`, v `[B, Hk, K, Dv]`, mask
-    `[B, 1, Q, K]` to `[B, H, Q, Dv]`.
+    `[B, 1, Q, K]` (or of each head) to `[B, H, Q, Dv]`.
     """
     if softcap is not None:
         groups = q.shape[1] // k.shape[1]
@@ -166,8 +201,7 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention_forward)
-    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    configs = [c for c in found.values() if hasattr(c, "_attn_implementation")]
+    configs = attention_configs(model)
     checkpoints = [
         (m, function)
         for m in model.modules()
@@ -176,28 +210,35 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
     for module, function in checkpoints:
         module._gradient_checkpointing_func = partial(_checkpoint, function, configs)  # type: ignore[assignment]
     try:
-        with _implementation(configs):
+        with implementation(configs):
             yield
     finally:
         for module, function in checkpoints:
             module._gradient_checkpointing_func = function
 
 
+def attention_configs(model: nn.Module) -> list[Any]:
+    """The configurations that say by which function a model's layers attend."""
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return [c for c in found.values() if hasattr(c, "_attn_implementation")]
+
+
 @contextmanager
-def _implementation(configs: list[Any]) -> Iterator[None]:
+def implementation(configs: list[Any], name: str = NAME) -> Iterator[None]:
+    """The registered function of that name inside the block, and what there was before outside."""
     before = [c._attn_implementation for c in configs]
     for config in configs:
-        config._attn_implementation = NAME
+        config._attn_implementation = name
     try:
         yield
     finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation
+        for config, own in zip(configs, before, strict=True):
+            config._attn_implementation = own
 
 
 def _checkpoint(checkpoint: Callable[..., Any], configs: list[Any], layer: Callable[..., Any], *args: Any) -> Any:
     def packed_layer(*inputs: Any) -> Any:
-        with _implementation(configs):
+        with implementation(configs):
             return layer(*inputs)
 
     return checkpoint(packed_layer, *args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.models.attention import LayerState
+from posttrain.models.attention import LayerState, TokenChoice
 
 GROWTH = 32  # tokens by which the slots grow
 
@@ -13,7 +13,8 @@ GROWTH = 32  # tokens by which the slots grow
 class Slots:
     """Keys and values of up to `count` running rows in every layer; running rows always occupy the first slots.
 
-    keys[layer]: `[count, key heads, room, width]`, values[layer] likewise; length: `[count]` tokens held by a row.
+    keys[layer]: `[count, key heads, room, width]`, values[layer] likewise; labels[layer]: `[count, heads, room, label
+    width]`, where tokens are chosen by labels; length: `[count]` tokens held by a row.
     room grows with the longest row, in steps up to `capacity`: running rows are then one contiguous block, which the
     products of a decode step read without copying it first.
     """
@@ -23,6 +24,7 @@ class Slots:
         self.room = 0
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.labels: dict[int, Tensor] = {}
         self.length = torch.zeros(count, dtype=torch.int64)
         self.active = 0
         self._rows = torch.arange(count)
@@ -42,6 +44,11 @@ class Slots:
                 self.values[layer] = value.new_zeros((*shape[:3], value.shape[-1]))
             self.keys[layer][first : first + copies, :, : key.shape[1]] = key
             self.values[layer][first : first + copies, :, : value.shape[1]] = value
+            if state.choice is not None:
+                label = state.choice.labels(key[None])[0]
+                if layer not in self.labels:
+                    self.labels[layer] = label.new_zeros(self.count, label.shape[0], self.room, label.shape[-1])
+                self.labels[layer][first : first + copies, :, : label.shape[1]] = label
         self.length[first : first + copies] = part.stop - part.start
         self.active += copies
         return first
@@ -51,7 +58,7 @@ class Slots:
         if tokens <= self.room:
             return
         before, self.room = self.room, min(self.capacity, -(-tokens // GROWTH) * GROWTH)
-        for store in (self.keys, self.values):
+        for store in (self.keys, self.values, self.labels):
             for layer, held in store.items():
                 grown = held.new_zeros(*held.shape[:2], self.room, held.shape[-1])
                 grown[: self.active, :, :before] = held[: self.active]
@@ -67,7 +74,7 @@ class Slots:
         holes = gaps.nonzero()[:, 0]
         if len(moves):
             top = int(self.length[moves].max())
-            for store in (self.keys, self.values):
+            for store in (self.keys, self.values, self.labels):
                 for layer in store:
                     store[layer][holes, :, :top] = store[layer][moves, :, :top]
             self.length[holes] = self.length[moves]
@@ -111,6 +118,7 @@ class Slots:
         *,
         window: int | None = None,
         softcap: float | None = None,
+        choice: TokenChoice | None = None,
     ) -> Tensor:
         """Write the new keys and values, attend to those of the row (its last `window` ones): query
         `[active, heads, 1, width]` to `[active, 1, heads, value width]`. The heads of a group are rows of one product,
@@ -121,6 +129,10 @@ class Slots:
         store_k[rows, :, self._positions] = key[:, :, 0]
         store_v[rows, :, self._positions] = value[:, :, 0]
         keys, values = store_k[: self.active], store_v[: self.active]
+        if choice is not None:
+            self.labels[layer][rows, :, self._positions] = choice.labels(key)[:, :, 0]
+            labels, visible = self.labels[layer][: self.active], self._mask(window) == 0
+            return choice.attend(query, keys, values, labels, visible, scale, softcap).transpose(1, 2)
         stacked = query.reshape(len(rows), keys.shape[1], -1, query.shape[-1])
         scores = (stacked @ keys.transpose(-1, -2)).float() * scale
         if softcap is not None:

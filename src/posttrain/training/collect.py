@@ -40,19 +40,25 @@ class Source(Protocol):
 
 
 class Offline:
-    """Rows of a data set, `settings.batch` a step."""
+    """Rows of a data set, `settings.batch` a step; those that the sampler keeps, where it chooses some."""
 
     def __init__(self, groups: Sequence[Group], sampler: Sampler, settings: Settings) -> None:
         self.groups, self.sampler, self.settings = groups, sampler, settings
 
     @property
     def rows(self) -> int:
-        return len(self.groups)
+        return len(getattr(self.sampler, "kept", self.groups))
+
+    def select(self, policy: CausalPolicy, teacher: CausalPolicy | None) -> None:
+        """Let a sampler that chooses by what the models make of the rows look at them, before the first step."""
+        if hasattr(self.sampler, "select"):
+            self.sampler.select(self.groups, policy, teacher)
 
     def collect(self, step: int, progress: Progress | None = None) -> Collected:
         groups = [self.groups[i] for i in self.sampler.take(min(self.settings.batch, self.rows))]
         lengths = [t.actions for g in groups for t in g.trajectories]
-        return Collected(groups, {"length": sum(lengths) / len(lengths)})
+        metrics = self.sampler.metrics() if hasattr(self.sampler, "metrics") else {}
+        return Collected(groups, {"length": sum(lengths) / len(lengths), **metrics})
 
 
 class Online:

@@ -23,7 +23,7 @@ from posttrain.objective.estimator import Loss, Objective
 from posttrain.objective.likelihood import Likelihood
 from posttrain.rollout.engine import keep_experts
 from posttrain.training import checkpoint
-from posttrain.training.collect import Collected, Online, Source
+from posttrain.training.collect import Collected, Offline, Online, Source
 from posttrain.training.critic import ValueHead
 from posttrain.training.method import Method
 from posttrain.training.optim import MasterAdamW, learning_rate
@@ -85,12 +85,14 @@ class Trainer:
         self.tracker = tracker or Tracker.silent()
         self.progress = Progress()
         self._best_saved = -1  # the best step that the newest checkpoint speaks of
-        self.total = self.settings.total_steps(source.rows)
         needs = self.objective.needs
         self._check()
         following = (method.reference_decay, method.reference_every)
         self.reference = Reference(policy, *following) if method.wants_reference else None
         self.teacher = load_teacher(method.teacher, policy) if method.teacher is not None else None
+        if isinstance(source, Offline):
+            source.select(policy, self.teacher)
+        self.total = self.settings.total_steps(source.rows)
         self._attach()
         self.critic = self._make_critic() if method.critic else None
         named = policy.trainable_parameters()
@@ -99,6 +101,11 @@ class Trainer:
         if not named:
             raise PosttrainError("the model has no trainable parameter; unfreeze some or set lora")
         self.optimizer = MasterAdamW(named, self.settings)
+        self.weights = copy.deepcopy(method.weights)
+        if self.weights is not None:
+            updates = self.total * self.settings.updates * self.settings.minibatches
+            self.weights.begin(policy, self.optimizer, updates, seed)
+            self._stateful["weights"] = self.weights
         self._signals = needs
         if self.settings.updates > 1 or self.settings.minibatches > 1:
             self._signals = needs | {"old_logp"}
@@ -238,6 +245,7 @@ class Trainer:
             "learning_rate": rate,
             **{name: total / count for name, (total, count) in sums.items() if count},
             **collected.metrics,
+            **(self.weights.metrics() if self.weights is not None else {}),
             "tokens": self.progress.tokens,
             "tokens_per_second": tokens / seconds,
             "update_seconds": seconds,
@@ -278,9 +286,12 @@ class Trainer:
         self._normalise(micros, totals)
         if self.progress.step < self.method.critic_warmup:
             self.optimizer.only(lambda name: name.startswith("critic."))
+        gradients = self.optimizer.gradients() if self.weights is not None else {}
         norm = self.optimizer.step(rate)
         if self.optimizer.usable(norm):
             self.progress.skipped_in_a_row = 0
+            if self.weights is not None:
+                self.weights.updated(self.optimizer, gradients)
         else:
             self._skip(f"gradient norm is {norm}", "too large" if math.isfinite(norm) else "not finite")
         return value, norm
@@ -350,6 +361,8 @@ class Trainer:
         figures = self.evaluator(self)
         self.policy.model.train()
         self.tracker.evaluated(step, self.progress.seconds, figures)
+        if self.weights is not None and not self.weights.settled:
+            return False  # weights that are not yet as they will be are no best ones
         score = figures["heldout_accuracy"] if "heldout_accuracy" in figures else -figures["heldout_loss"]
         if self.progress.best is None or score > self.progress.best:
             self.progress.best, self.progress.best_step, self.progress.since_best = score, step, 0
@@ -386,6 +399,8 @@ class Trainer:
         tensors = self.optimizer.tensors()
         if self.reference is not None:
             tensors |= self.reference.tensors()
+        if self.weights is not None:
+            tensors |= self.weights.tensors()
         checkpoint.save(self.folder, self.progress.step, tensors, state)
         self._keep_best()
 
@@ -399,6 +414,8 @@ class Trainer:
                 part.load_state_dict(state["parts"][name])
             if self.reference is not None:
                 self.reference.load_tensors(tensors)
+            if self.weights is not None:
+                self.weights.load_tensors(tensors)
             self.progress = Progress(**state["progress"])
         self._keep_best()
         self.tracker.starts(self.progress.step)

@@ -15,6 +15,7 @@ from posttrain.reward.shaping import Shaping
 from posttrain.rollout.strategy import Plain, Strategy
 from posttrain.training.normaliser import Normaliser
 from posttrain.training.settings import Settings
+from posttrain.training.weights import WeightRule
 from posttrain.trajectory import Group, PosttrainError, Prompt
 
 Data = Literal["demonstrations", "preferences", "feedback", "prompts"]
@@ -33,7 +34,7 @@ class Method:
         every update; reference_every: it becomes the policy as it is after every so many updates. Without either it
         stays as it was at the stage's start.
     teacher: another policy (an id, a folder, or one that is loaded) for parts that look at one.
-    normaliser: what gradients are divided by.
+    normaliser: what gradients are divided by. weights: what is done to weights after each update.
     replay_experts: for mixtures of experts, whose routing the updates follow: that of the `trainer` before the step's
         first update, or of the `sampler` (the engine that drew the completions); None leaves it to the routers.
     arguments: what the method function was called with (for reports).
@@ -52,6 +53,7 @@ class Method:
     reference_every: int | None = None
     teacher: str | Path | CausalPolicy | None = None
     normaliser: Normaliser | None = None
+    weights: WeightRule | None = None
     replay_experts: Literal["trainer", "sampler"] | None = None
     arguments: dict[str, object] = field(default_factory=dict)
 

@@ -111,6 +111,10 @@ class MasterAdamW:
         for master, gradient in zip(self.masters, gradients, strict=True):
             master.grad = gradient
 
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients summed so far, by name; a step clips them in place and lets go of them."""
+        return {n: m.grad for n, m in zip(self.names, self.masters, strict=True) if m.grad is not None}
+
     def gradient_norm(self) -> float:
         """Norm of the gradients summed so far."""
         return float(torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None]))
