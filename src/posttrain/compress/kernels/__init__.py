@@ -6,7 +6,7 @@ or less of what bf16 would, and make the values in registers.
 | module | kernel |
 |---|---|
 | `uniform` | integer codes of 1 to 8 bits, a scale and a zero point a group: products and values |
-| `table` | codes of 1 to 5 bits with a table of values |
+| `table` | codes of 1 to 8 bits with a table of values |
 | `trits` | sums of ternary planes, five trits a byte |
 | `vectors` | indices into tables of vectors |
 | `integers` | products in integers, by inputs of signed bytes |

@@ -1,4 +1,7 @@
-"""Products of codes that a table gives their values: `w = scale table[code]` (`packed.table`)."""
+"""Products of codes that a table gives their values: `w = scale table[code]` (`packed.table`).
+
+Tables of up to 5 bits stand in registers; larger ones are looked up in memory, a row of weights at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from torch import Tensor
 from posttrain.compress.kernels.library import DTYPES, address, call
 from posttrain.compress.kernels.uniform import check_codes, rows_of
 
-MOST_BITS = 5  # of codes, whose tables fit into registers
 _HALF, _FLOAT, _BYTE = 0, 1, 2
 
 

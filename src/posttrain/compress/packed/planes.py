@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.compress.kernels.dispatch import few_rows
+from posttrain.compress.kernels.table import GroupScales, table_product
 from posttrain.compress.packed.bits import pack, packed_width, unpack
 from posttrain.compress.packed.table import group_of
 from posttrain.compress.packed.weight import PackedWeight
@@ -72,6 +74,17 @@ class BinaryWeight(PackedWeight):
         rows, columns = self.shape
         bits = unpack(self.signs.flatten(0, 1), 1, columns).view(self.planes, rows, columns)
         return bits.float() * 2 - 1
+
+    def product(self, inputs: Tensor) -> Tensor:
+        if not few_rows(inputs, self.signs) or not bool((self.widths == self.widths[0]).all()):
+            return super().product(inputs)
+        x = inputs.detach().reshape(-1, self.shape[1]).float()
+        if self.column is not None:
+            x = x * self.column.float()
+        found = x.unflatten(1, (self.groups, -1)).sum(-1) @ self.offset.float().T
+        for signs, scale in zip(self.signs, self.scale, strict=True):
+            found += table_product(x, signs, torch.tensor([-1.0, 1.0]), GroupScales(scale), 1)
+        return found.to(inputs.dtype).view(*inputs.shape[:-1], -1)
 
     def dequantize(self) -> Tensor:
         scale, offset = self.scale.float(), self.offset.float()

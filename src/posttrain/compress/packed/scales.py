@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.kernels.table import GroupScales
 from posttrain.trajectory import PosttrainError
 
 Kind = Literal["float", "half", "power", "float8", "double"]
@@ -79,6 +80,15 @@ class Scales(nn.Module):
             found = dynamic_map().to(self.codes.device)[self.codes.long()] * self._by_row(self.peaks) + self.whole
         return found.clamp(min=TINY)
 
+    def for_kernel(self) -> GroupScales:
+        """The same as a kernel reads them: in full, or bytes with a table."""
+        if self.kind in ("float", "half"):
+            return GroupScales(self.codes)
+        whole = 0.0 if self.whole is None else float(self.whole)
+        if self.kind == "double":
+            return GroupScales(self.codes, dynamic_map(), self.peaks, whole)
+        return GroupScales(self.codes, _powers() if self.kind == "power" else (_eighths() * whole).clamp(min=TINY))
+
     def _by_row(self, blocks: Tensor) -> Tensor:
         return blocks.repeat_interleave(BLOCK, 0)[: self.rows]
 
@@ -105,6 +115,18 @@ def dynamic_map() -> Tensor:
     """
     sizes = [10.0 ** (i - 6) * (0.1 + 0.9 * (k + 0.5) / 2**i) for i in range(7) for k in range(2**i)]
     return torch.tensor(sorted([0.0, 1.0, *sizes, *(-s for s in sizes)]), dtype=torch.float64).float()
+
+
+@functools.cache
+def _powers() -> Tensor:
+    """`[256]` fp32: what the exponents of E8M0 stand for."""
+    return torch.exp2(torch.arange(256.0) - BIAS).clamp(min=TINY)
+
+
+@functools.cache
+def _eighths() -> Tensor:
+    """`[256]` fp32: what the bytes of E4M3 stand for."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def nearest_dynamic(numbers: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.compress.kernels.dispatch import few_rows
+from posttrain.compress.kernels.table import table_product
 from posttrain.compress.packed.bits import pack, packed_width, unpack
 from posttrain.compress.packed.scales import Kind, Scales
 from posttrain.compress.packed.weight import PackedWeight
@@ -74,6 +76,11 @@ class TableWeight(PackedWeight):
         if self.table is not None:
             return self.table.float()
         return torch.tensor(BOOKS[self.book or ""], device=self.codes.device)
+
+    def product(self, inputs: Tensor) -> Tensor:
+        if not few_rows(inputs, self.codes):
+            return super().product(inputs)
+        return table_product(inputs, self.codes, self.levels(), self.scales.for_kernel(), self.bits)
 
     def dequantize(self) -> Tensor:
         found = looked_up(self.codes, self.bits, self.shape[1], self.levels())

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.compress.kernels.dispatch import few_rows
+from posttrain.compress.kernels.trits import ternary_product
 from posttrain.compress.packed.trits import pack_trits, trit_bytes, unpack_trits
 from posttrain.compress.packed.weight import PackedWeight
 
@@ -51,6 +53,11 @@ class TernaryWeight(PackedWeight):
     def unpacked(self) -> Tensor:
         """`[planes, out, in]` fp32 trits."""
         return unpack_trits(self.trits, self.shape[1])
+
+    def product(self, inputs: Tensor) -> Tensor:
+        if not few_rows(inputs, self.trits):
+            return super().product(inputs)
+        return ternary_product(inputs, self.trits, self.scale)
 
     def dequantize(self) -> Tensor:
         trits = self.unpacked().view(self.planes, self.shape[0], self.groups, -1)

@@ -7,6 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from posttrain.compress.kernels.dispatch import by_panels, few_rows
+from posttrain.compress.kernels.library import runs_on, there_for
+from posttrain.compress.kernels.uniform import uniform_product, uniform_values
 from posttrain.compress.packed.bits import pack, packed_width, unpack
 from posttrain.compress.packed.weight import PackedWeight
 
@@ -84,7 +87,21 @@ class UniformWeight(PackedWeight):
             return torch.full_like(self.scale, float(1 << (self.bits - 1)), dtype=torch.float32)
         return unpack(self.zero, self.bits, self.groups).float() if self.kind == "integer" else self.zero.float()
 
+    def product(self, inputs: Tensor) -> Tensor:
+        if not runs_on(inputs, self.codes):
+            return super().product(inputs)
+        if few_rows(inputs):
+            return uniform_product(inputs, self.codes, self.scale, self.zero, self.bits, self.kind, self.group_of)
+        return by_panels(inputs, self.shape, lambda rows: self._values(inputs.dtype, rows))
+
+    def _values(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        return uniform_values(
+            self.shape[1], self.codes, self.scale, self.zero, self.bits, self.kind, self.group_of, dtype, rows
+        )
+
     def dequantize(self) -> Tensor:
+        if there_for(self.codes):
+            return self._values(torch.float32)
         codes, scale, zero = self.unpacked().float(), self.scale.float(), self.zeros()
         if self.group_of is None:
             by_group = codes.view(self.shape[0], self.groups, -1)

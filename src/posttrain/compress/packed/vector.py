@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.kernels.dispatch import few_rows
+from posttrain.compress.kernels.vectors import LONGEST, vector_product
 from posttrain.compress.packed.bits import pack, packed_width, unpack
 from posttrain.compress.packed.weight import PackedWeight
 
@@ -164,6 +166,22 @@ class VectorWeight(PackedWeight):
         return beside + sum(
             -(-rows // p.books.length) * p.columns * p.books.index_bits + p.books.table_bits for p in self._parts()
         )
+
+    def product(self, inputs: Tensor) -> Tensor:
+        if not few_rows(inputs, *(p.codes for p in self._parts())) or any(
+            p.books.length > LONGEST for p in self._parts()
+        ):
+            return super().product(inputs)
+        x = inputs.detach().reshape(-1, self.shape[1]).float()
+        found = torch.zeros(x.shape[0], self.shape[0])
+        if self.scale is not None and self.offset is not None:
+            found += (x @ self.offset.float())[:, None]
+            x = x * self.scale.float()
+        if self.order is not None:
+            x = x[:, self.order.long() & 0xFFFF]
+        for part, columns in zip(self._parts(), x.split([p.columns for p in self._parts()], 1), strict=True):
+            vector_product(columns, part.codes, part.centroids, part.residual, self.shape[0], found)
+        return found.to(inputs.dtype).view(*inputs.shape[:-1], -1)
 
     def dequantize(self) -> Tensor:
         values = torch.cat([part.dequantize() for part in self._parts()], 1)
