@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from tiny_blocks import compressed, divergence, logits, text, tiny, weights
 
 from posttrain.compress.grids.power import Power
 from posttrain.compress.grids.uniform import Uniform
@@ -15,6 +14,7 @@ from posttrain.compress.solvers.adaround import BlockRounding
 from posttrain.compress.solvers.nupes import HARD, SOFT, LearnedPower, PowerCodes, power_values, soft_rounded
 from posttrain.compress.solvers.rtn import RoundToNearest, rounded
 from posttrain.trajectory import PosttrainError
+from tiny_blocks import compressed, divergence, logits, text, tiny, weights
 
 pytestmark = pytest.mark.limit("nupes")
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_blocks import compressed, divergence, floats, logits, text, tiny, walk, weights
 from torch import Tensor
 
 from posttrain.compress.grids.binary import Binary
@@ -20,6 +19,7 @@ from posttrain.compress.solvers.reconstruct import Seen
 from posttrain.compress.solvers.restorative import Restoration, restored
 from posttrain.compress.solvers.rtn import RoundToNearest, rounded
 from posttrain.trajectory import PosttrainError
+from tiny_blocks import compressed, divergence, floats, logits, text, tiny, walk, weights
 
 pytestmark = pytest.mark.limit("ptq1.61")
 ROWS = Uniform(4, 0, "integer")

@@ -76,7 +76,9 @@ class SalientColumns(SoftWeight):
 
     def pack(self) -> PackedWeight:
         scale, offset, column = self.stored()
-        binary = BinaryWeight.of((self.signs > 0)[None], scale[None], offset, torch.tensor([column.shape[1]]), column[0])
+        binary = BinaryWeight.of(
+            (self.signs > 0)[None], scale[None], offset, torch.tensor([column.shape[1]]), column[0]
+        )
         fixed = UniformWeight.of(self.codes, self.levels.scale, self.levels.zero, self.bits, "integer")
         return MixedColumns.of([binary, fixed], self.salient.long())
 
