@@ -121,7 +121,7 @@ class ChosenTokens(nn.Module):
         if self.recent:
             newest = visible & (visible.flip(-1).cumsum(-1).flip(-1) <= self.recent)
             scores = scores.masked_fill(newest, torch.inf)
-        top = scores.masked_fill(~visible, -torch.inf).topk(min(self.tokens, labels.shape[2]), -1)
+        top = scores.masked_fill(~visible, -torch.inf).topk(min(self.tokens, labels.shape[2]), -1, sorted=False)
         return top.indices, top.values > -torch.inf
 
     def within(self, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
