@@ -27,7 +27,6 @@ from posttrain.compress.solvers.reconstruct import Target
 from posttrain.compress.solvers.sapr import PartialRetraining, Stage
 from posttrain.compress.solvers.solver import Solver
 from posttrain.compress.transforms.outliers import OutlierScaling
-from posttrain.compress.transforms.smooth import SmoothQuant
 from posttrain.methods.registry import method
 
 Clip = Literal["none", "mse"]
@@ -50,9 +49,9 @@ def omniquant(
               \min_{\gamma,\beta}\ \|f(X) - f'(X')\|^2
 
     This is the paper's learnable weight clipping (LWC). γ and β start at 4 (98 % of the range); the range is not
-    extended to hold 0. Where inputs are rounded too, channels are scaled as SmoothQuant does with α = 0.5, which is
-    where the paper's learned scales (LET) start; they are not trained here. The paper's rate is 0.01 for 2,560 steps of
-    one sequence; here it is 0.05 for 80 steps of four.
+    extended to hold 0. Where inputs are rounded too, scales of the norms' channels are learned with them (LET): they
+    start as SmoothQuant's with α = 0.5. The paper's rate is 0.01 for 2,560 steps of one sequence; here it is 0.05 for
+    80 steps of four.
 
     Args:
         bits: b. group: g, columns of a row that share a scale; 0 for the whole row.
@@ -66,7 +65,9 @@ def omniquant(
     (card 000).
     """
     targets: tuple[Target, ...] = ("float", "prefix") if augmented else ("float",)
-    solver = LearnedClipping(Uniform(bits, group), epochs, targets=targets, rate=rate, symmetric=symmetric)
+    solver = LearnedClipping(
+        Uniform(bits, group), epochs, targets=targets, rate=rate, symmetric=symmetric, scales=activation_bits < 16
+    )
     return _compression("omniquant", solver, activation_bits)
 
 
@@ -250,8 +251,8 @@ def abq_llm(
     of five levels in seven bits. In the first three and last four blocks the last layer is rounded as :math:`W +
     ab^\top` with learned a and b.
 
-    Where inputs are rounded too, channels are scaled as SmoothQuant does with α = 0.5. That is where the paper's
-    learned scales (LET) start; they are not trained here.
+    Where inputs are rounded too, scales of the norms' channels are learned with the ranges, from SmoothQuant's with α =
+    0.5 on.
 
     Args:
         bits: of a weight, 1 to 8. group: g, columns of a row that share a scale; 0 for the whole row.
@@ -274,6 +275,7 @@ def abq_llm(
         mse=mse,
         attention=attention,
         literal=literal,
+        scales=activation_bits < 16,
     )
     return _compression("abq-llm", solver, activation_bits)
 
@@ -284,13 +286,13 @@ def sapr(
     group: int = 64,
     rank: int = 16,
     alpha: float = 16.0,
-    penalty: float = 0.1,
+    penalty: float = 0.01,
     saliency: Literal["fisher", "none"] = "fisher",
     stage: Stage = "mixed",
     after: bool = False,
     normalize: bool = True,
     epochs: int = 4,
-    rate: float = 5e-3,
+    rate: float = 1e-2,
     clip_rate: float = 0.05,
 ) -> Compression:
     r"""SAPR: learned clipping and adapters, block after block, held to the weights where the loss is sensitive to them.
@@ -344,7 +346,7 @@ def l4q(
     start: Start = "cover",
     epochs: int = 3,
     rate: float = 1e-3,
-    step_rate: float = 1e-3,
+    step_rate: float = 5e-3,
 ) -> Compression:
     r"""L4Q: fine-tuning with adapters that are merged into the weights before rounding, so that integers remain.
 
@@ -382,8 +384,6 @@ def l4q(
 
 
 def _compression(name: str, solver: Solver, activation_bits: int = 16) -> Compression:
-    """Where the inputs of layers are rounded, token by token, their channels are evened out before."""
-    made = Compression(name, solver)
-    if activation_bits >= 16:
-        return made
-    return made.replace(transforms=(SmoothQuant(0.5),), activations=Dynamic(activation_bits, symmetric=False))
+    """With the inputs of every layer rounded token by token, where that is asked for."""
+    activations = None if activation_bits >= 16 else Dynamic(activation_bits, symmetric=False)
+    return Compression(name, solver, activations=activations)

@@ -189,7 +189,7 @@ def sapr() -> Study:
         arms={
             "apiq": compressed(methods.sapr(BITS, GROUP, 4, 4.0, penalty=0.0), samples=32),
             "sapr": compressed(methods.sapr(BITS, GROUP, 4, 4.0), samples=32),
-            "stronger": compressed(methods.sapr(BITS, GROUP, 4, 4.0, penalty=1.0), samples=32),
+            "stronger": compressed(methods.sapr(BITS, GROUP, 4, 4.0, penalty=0.1), samples=32),
             "all alike": compressed(methods.sapr(BITS, GROUP, 4, 4.0, saliency="none"), samples=32),
         },
         expectations=(

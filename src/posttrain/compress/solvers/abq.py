@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posttrain.compress.grids.uniform import Uniform
+from posttrain.compress.solvers.equivalent import WithScales
 from posttrain.compress.solvers.learned import SoftWeight
 from posttrain.compress.solvers.omniquant import START, ClippedRange
-from posttrain.compress.solvers.reconstruct import Known, Reconstruction, Seen, Target
+from posttrain.compress.solvers.reconstruct import Known, Seen, Target
 from posttrain.compress.walk import Block
 from posttrain.trajectory import PosttrainError
 
@@ -29,14 +30,14 @@ class CorrectedRange(ClippedRange):
         self.row = nn.Parameter(torch.ones(1, self.weight.shape[1]))
 
     def meant(self) -> Tensor:
-        return self.weight + self.column * self.row
+        return super().meant() + self.column * self.row
 
     def groups(self) -> list[dict[str, object]]:
         return [*super().groups(), {"params": [self.column, self.row], "lr": self.correction_rate}]
 
 
 @dataclass(frozen=True)
-class ArbitraryBit(Reconstruction):
+class ArbitraryBit(WithScales):
     r"""OmniQuant's learned clipping with ABQ-LLM's losses.
 
         L = Σ_d (- log|cos(h', d)| + mse · ||h' - d||²/n) + attention (KL(A'||A) + KL(A||A'))
@@ -47,7 +48,7 @@ class ArbitraryBit(Reconstruction):
     rate: of the clipping. start: of it. balance: at one and two bits, 2^b + 1 levels in the place of 2^b. correction:
     rate of the rank-one correction of the last layer in the first three and last four blocks; 0 for none. mse,
     attention: weights of those terms. literal: the attention term as in the authors' code, which takes a softmax of the
-    maps and averages over their elements.
+    maps and averages over their elements. Learned scales of channels: see `WithScales`.
 
     Reference: ABQ-LLM, 2024, arXiv 2408.08554 (card 151).
     """

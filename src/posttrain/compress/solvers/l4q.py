@@ -171,11 +171,11 @@ class MergedFineTuning(Solver):
     alpha: float = 8.0
     epochs: int = 3
     rate: float = 1e-3
-    step_rate: float = 1e-3
+    step_rate: float = 5e-3
     offset: bool = True
     start: Start = "cover"
     warmup: float = 0.03
-    rows: int = 8
+    rows: int = 4
 
     def __post_init__(self) -> None:
         if self.rank < 0 or self.epochs < 0:

@@ -21,6 +21,21 @@ from posttrain.compress.packed.weight import PackedWeight
 SMALLEST = 2.0**-20  # of a learned scale, well inside what half precision holds
 
 
+class ChannelScale(nn.Module):
+    """`[width]` positive scales of channels, learned as logarithms. rate: their learning rate."""
+
+    def __init__(self, start: Tensor, rate: float) -> None:
+        super().__init__()
+        self.log, self.rate = nn.Parameter(start.log()), rate
+
+    def forward(self) -> Tensor:
+        return self.log.exp()
+
+    def groups(self) -> list[dict[str, Any]]:
+        """As of a `SoftWeight`."""
+        return [{"params": [self.log], "lr": self.rate}]
+
+
 class SoftWeight(nn.Module, ABC):
     """A learnable stand-in for one weight matrix, which becomes a packed one by a fixed rule.
 
@@ -45,6 +60,10 @@ class SoftWeight(nn.Module, ABC):
         """What is added to the loss. progress: share of the training that is done, 0 to 1."""
         return None
 
+    def scale_columns(self, scale: ChannelScale, owns: bool) -> None:
+        """Multiply the float weight by learned scales from now on. owns: whether `groups` has them, too."""
+        raise NotImplementedError(f"{type(self).__name__} does not scale its columns")
+
     def product(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`, in the inputs' dtype: what is rounded in fp32 is multiplied as it will be."""
         return F.linear(x, self().to(x.dtype))
@@ -53,11 +72,13 @@ class SoftWeight(nn.Module, ABC):
 class SoftLinear(nn.Module):
     """A linear layer of a block in training: the steps that its inputs go through, and a soft weight.
 
-    Input quantizers pass their gradient straight through.
+    Input quantizers pass their gradient straight through. columns: gives learned scales, `[in]`, that the inputs are
+    divided by before they are rounded.
     """
 
     def __init__(self, soft: SoftWeight, linear: nn.Linear, quantizer: InputStep | None = None) -> None:
         super().__init__()
+        self.columns: ChannelScale | None = None
         self.soft, self.quantizer = soft, quantizer
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.steps = nn.ModuleList(linear.inputs) if isinstance(linear, TransformedLinear) else nn.ModuleList()
@@ -66,6 +87,8 @@ class SoftLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for step in self.steps:
             x = step(x)
+        if self.columns is not None:
+            x = (x / self.columns()).to(x.dtype)
         if self.quantizer is not None:
             x = straight_through(self.quantizer(x), x)
         y = self.soft.product(x)

@@ -12,8 +12,9 @@ from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.packed.levels import LevelsWeight
 from posttrain.compress.packed.uniform import UniformWeight
 from posttrain.compress.packed.weight import PackedWeight
-from posttrain.compress.solvers.learned import SoftWeight, fake_quantized, grouped_range, held, nearest
-from posttrain.compress.solvers.reconstruct import Known, Reconstruction
+from posttrain.compress.solvers.equivalent import WithScales
+from posttrain.compress.solvers.learned import ChannelScale, SoftWeight, fake_quantized, grouped_range, held, nearest
+from posttrain.compress.solvers.reconstruct import Known
 from posttrain.compress.walk import Block
 from posttrain.trajectory import PosttrainError
 
@@ -42,13 +43,16 @@ class ClippedRange(SoftWeight):
             raise PosttrainError("symmetric clipping in 1 bit has no level beside 0; expected 2 to 8 bits")
         self.weight, self.bits, self.symmetric, self.rate, self.decay = weight, bits, symmetric, rate, decay
         self.top = (levels or 2**bits) - 1
+        self.columns: ChannelScale | None = None
+        self.owns = False
         self.low, self.high = grouped_range(weight, groups)
         self.upper = nn.Parameter(torch.full_like(self.high, start))
         self.lower = nn.Parameter(torch.full_like(self.low, start))
 
     def levels(self) -> tuple[Tensor, Tensor]:
         """Scale as it is stored, with its gradient, and zero: `[out, groups]` each."""
-        high, low = torch.sigmoid(self.upper) * self.high, torch.sigmoid(self.lower) * self.low
+        low, high = self.ends()
+        high, low = torch.sigmoid(self.upper) * high, torch.sigmoid(self.lower) * low
         if self.symmetric:
             middle = 2 ** (self.bits - 1) - 1
             scale = held((torch.maximum(high.abs(), low.abs()) / middle).clamp(NARROWEST, WIDEST))
@@ -56,9 +60,18 @@ class ClippedRange(SoftWeight):
         scale = held(((high - low) / self.top).clamp(NARROWEST, WIDEST))
         return scale, torch.round(-low / scale).detach()
 
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest weight of each group, `[out, groups]` each, as scaled now."""
+        if self.columns is None:
+            return self.low, self.high
+        return grouped_range(self.weight * self.columns(), self.low.shape[1])
+
+    def scale_columns(self, scale: ChannelScale, owns: bool) -> None:
+        self.columns, self.owns = scale, owns
+
     def meant(self) -> Tensor:
         """The float weights that are rounded."""
-        return self.weight
+        return self.weight if self.columns is None else self.weight * self.columns()
 
     def forward(self) -> Tensor:
         scale, zero = self.levels()
@@ -76,12 +89,13 @@ class ClippedRange(SoftWeight):
         return LevelsWeight.of(codes, scale, zero, self.top + 1, float_zero)
 
     def groups(self) -> list[dict[str, Any]]:
-        return [{"params": [self.upper, self.lower], "lr": self.rate, "weight_decay": self.decay}]
+        found = [{"params": [self.upper, self.lower], "lr": self.rate, "weight_decay": self.decay}]
+        return [*found, *self.columns.groups()] if self.owns and self.columns is not None else found
 
 
 @dataclass(frozen=True)
-class LearnedClipping(Reconstruction):
-    """OmniQuant's learnable weight clipping, block after block.
+class LearnedClipping(WithScales):
+    """OmniQuant's learnable weight clipping, block after block; where asked, with learned scales of channels.
 
     rate: learning rate of the clipping. symmetric: of the grid. start: of the clipping, before the sigmoid.
 

@@ -257,11 +257,15 @@ class Reconstruction(Solver):
 
 
 class Opened:
-    """A block in training. layers: its soft linear layers by name. trained: windows that it went through."""
+    """A block in training. layers: its soft linear layers by name. trained: windows that it went through.
+
+    folds: what is to be done to the rest of the block once its layers are packed.
+    """
 
     def __init__(self, block: Block, layers: dict[str, SoftLinear]) -> None:
         self.block, self.trained = block, 0
         self.maps: list[Tensor] = []
+        self.folds: list[Callable[[], None]] = []
         self._asked = [p for p in block.module.parameters() if p.requires_grad]
         for parameter in self._asked:  # norms and biases are not learned
             parameter.requires_grad_(False)
@@ -278,6 +282,8 @@ class Opened:
         with torch.no_grad():
             for name, layer in self.layers.items():
                 self.block.install(name, layer.soft.pack())
+            for fold in self.folds:
+                fold()
         for parameter in self._asked:
             parameter.requires_grad_(True)
 

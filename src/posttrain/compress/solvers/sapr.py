@@ -102,7 +102,7 @@ class PartialRetraining(Reconstruction):
     rate: float = 5e-4
     clip_rate: float = 5e-3
     decay: float = 0.1
-    penalty: float = 0.1
+    penalty: float = 0.01
     saliency: Literal["fisher", "none"] = "fisher"
     stage: Stage = "mixed"
     after: bool = False
