@@ -23,9 +23,9 @@ from posttrain.compress.sparse_attention import ChosenTokens, reads
 
 @dataclass(frozen=True)
 class Figures:
-    """ratio: of the medians of seconds, dense over sparse. read: numbers, dense over sparse, of a head with
-    keys of its own and four-bit labels (which are held in full here). error: relative, of the outputs. mass: share of the dense attention weights on the chosen
-    tokens. overlap: share of the chosen tokens that are among the truly largest.
+    """ratio: of the medians of seconds, dense over sparse. read: numbers, dense over sparse, of a head with keys of its
+    own and four-bit labels (which are held in full here). error: relative, of the outputs. mass: share of the dense
+    attention weights on the chosen tokens. overlap: share of the chosen tokens that are among the truly largest.
     """
 
     context: int
