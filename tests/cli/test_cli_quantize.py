@@ -82,6 +82,7 @@ def test_the_folder_is_a_model_for_the_other_commands(
     assert "is compressed (rtn, 5.25 bits a weight) and cannot be trained" in err.splitlines()[-1]
     code, out, err = quantize(capsys, folder, "--output", "twice")
     assert code == 1
+    assert err == "posttrain: error: runs/tiny-rtn is compressed already (rtn); compress the float model instead\n"
     assert not (tmp_path / "twice").exists()
 
 

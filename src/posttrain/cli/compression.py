@@ -37,7 +37,7 @@ def compress(asked: Asked) -> None:
     """Compress a model, measure it beside the float one, write its folder and tell all of it."""
     from posttrain.compress.measure import measure
     from posttrain.compress.pipeline import check
-    from posttrain.compress.policy import compressed_copy
+    from posttrain.compress.policy import check_float, compressed_copy
     from posttrain.models.load import load
     from posttrain.studies.compression import texts_for
     from posttrain.terminal import Counter
@@ -47,6 +47,7 @@ def compress(asked: Asked) -> None:
     source = None if asked.calibration is None else given_text("--calibration", asked.calibration)
     unseen = None if asked.text is None else given_text("--text", asked.text)
     policy = load(asked.model)
+    check_float(policy)
     check(policy.base, method, asked.skip)
     texts = texts_for(policy, source, unseen)
     batches = texts.batches(policy, method.calibration, asked.seed)

@@ -44,6 +44,14 @@ class CompressedPolicy(CausalPolicy):
         return save(self, folder)
 
 
+def check_float(policy: CausalPolicy) -> None:
+    """PosttrainError for a policy that is compressed already."""
+    if isinstance(policy, CompressedPolicy):
+        raise PosttrainError(
+            f"{policy.name} is compressed already ({policy.compression.method}); compress the float model instead"
+        )
+
+
 def compressed_copy(
     policy: CausalPolicy,
     method: Compression,
@@ -57,10 +65,7 @@ def compressed_copy(
 
     It is computed on the CPU, in the precision that the policy is in. batches, skip, progress: of `compress_model`.
     """
-    if isinstance(policy, CompressedPolicy):
-        raise PosttrainError(
-            f"{policy.name} is compressed already ({policy.compression.method}); compress the float model instead"
-        )
+    check_float(policy)
     model: Any = copy.deepcopy(policy.model)
     if policy.adapted:
         model = model.merge_and_unload()

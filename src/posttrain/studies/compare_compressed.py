@@ -19,7 +19,7 @@ from posttrain.compress.calibrate import Texts
 from posttrain.compress.measure import decoding_rate, model_bytes
 from posttrain.compress.method import Calibrated, Compression
 from posttrain.compress.pipeline import check
-from posttrain.compress.policy import CompressedPolicy, compressed_copy
+from posttrain.compress.policy import check_float, compressed_copy
 from posttrain.evaluation.evaluate import evaluate
 from posttrain.evaluation.perplexity import Predictions, predict
 from posttrain.evaluation.task import Task
@@ -180,8 +180,7 @@ def _check(
     for label, value in (("seeds", seeds), ("holdout", holdout)):
         if value is not None and value < 1:
             raise PosttrainError(f"compare: {label} is {value}; expected at least 1")
-    if isinstance(policy, CompressedPolicy):
-        raise PosttrainError(f"compare: {policy.name} is compressed already; give the float model")
+    check_float(policy)
     if task is not None and not task.heldout:
         raise PosttrainError(f"compare: task {task.name} has no held-out problems; set heldout above 0")
     slugs: dict[str, str] = {}
