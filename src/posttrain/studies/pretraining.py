@@ -160,7 +160,7 @@ def rlp() -> Study:
     computation. A model of 0.1 million parameters is pre-trained on such documents; in 0.7 of them a scratch stands in
     brackets before the sum, cut off at a random place, so that only one thought in six is whole. Arms: RLP (100 steps
     of 16 documents x 8 thoughts, temperature 0.7), RLP whose rewards are shuffled within each group, next-token
-    training on the same documents (170 steps of 64: about as many tokens), and the model as it was. On 200 held-out
+    training on the same documents (400 steps of 64: about as many tokens), and the model as it was. On 200 held-out
     documents, 8 thoughts each. The modulus is 5, not the card's 10, so that so small a model learns the table of sums.
 
     Rule, fixed before the run, over four seeds: the loss of the sum behind a thought falls by at least a fifth, and
@@ -170,12 +170,12 @@ def rlp() -> Study:
     the accuracy without a thought by less than 10 points.
     """
     method = _thinking(methods.rlp(OPEN, CLOSE, within="solution"))
-    following = in_lab(methods.sft(), steps=170, batch=64, epochs=None)
+    following = in_lab(methods.sft(), steps=400, batch=64, epochs=None)
     assert isinstance(following, Method)
     return Study(
         claim="Rewarding a thought by the information it gains about the next token makes thoughts useful without a "
         "verifier; next-token training on as many tokens does not.",
-        setting="lab model of sums, 100 steps x 16 documents x 8 thoughts, or 170 steps x 64 documents without any.",
+        setting="lab model of sums, 100 steps x 16 documents x 8 thoughts, or 400 steps x 64 documents without any.",
         arms={
             "before": _arm(None, PLAIN_SUMS),
             "rlp": _arm(method, PLAIN_SUMS),
