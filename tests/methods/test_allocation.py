@@ -28,8 +28,8 @@ from posttrain.compress.solvers.slim_plus import MixedClipping
 from tiny_models import VOCABULARY, make_policy
 
 SMALL = {
-    "slim-llm": methods.slim_llm(2, group=4),
-    "slim-llm-plus": methods.slim_llm_plus(3, group=4, epochs=1),
+    "slim-llm": methods.slim_llm(2, group=8, steps=4),
+    "slim-llm-plus": methods.slim_llm_plus(3, group=8, epochs=1),
     "cptquant-cca": methods.cptquant_cca(4, group=16),
     "cptquant-pruning": methods.cptquant_pruning(4, group=16, by="linear", shares=(0.3,)),
     "cptquant-taylor": methods.cptquant_taylor(4, group=16, form="gradient"),
@@ -93,7 +93,7 @@ def test_it_is_read_from_its_folder(name: str, tmp_path: Path, tiny_tokenizer: A
 
 def test_a_mean_of_bits_is_kept_by_every_score() -> None:
     for name in ("cptquant-cca", "cptquant-pruning", "cptquant-taylor"):
-        model = make_policy("llama", None, num_hidden_layers=6).base
+        model = make_policy("llama", None, num_hidden_layers=4).base
         summary = compress_model(model, SMALL[name], batches())
         beside = (16 + 4) / 16  # a scale and about four bits of zero point a group of 16
         assert 3.3 + beside < summary.bits <= 4 + beside + 0.1

@@ -267,10 +267,10 @@ def test_with_one_choice_of_bits_it_is_round_to_nearest(score: Any) -> None:
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
     """A model that continues arithmetic sequences of tokens: one whose layers are there for something."""
-    model = tiny(num_hidden_layers=3, initializer_range=0.1).train()
+    model = tiny(num_hidden_layers=2, initializer_range=0.1).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for step in range(120):
-        ids = sequences(32, step)[0]["input_ids"]
+    for step in range(70):
+        ids = sequences(24, step)[0]["input_ids"]
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
