@@ -125,7 +125,7 @@ def cbq() -> Study:
             "side by side": compressed(methods.cbq(BITS, GROUP, overlap=0, epochs=4)),
             "cbq": compressed(methods.cbq(BITS, GROUP, epochs=2)),
             "cbq, full rank": compressed(methods.cbq(BITS, GROUP, epochs=2, rank=0)),
-            "all blocks at once": compressed(methods.cbq(BITS, GROUP, window=4, overlap=0, epochs=4)),
+            "all blocks at once": compressed(methods.cbq(BITS, GROUP, window=3, overlap=0, epochs=4)),
         },
         expectations=(
             Lower("cbq", than="single blocks", metric="kl", why="blocks make up for each other's errors"),

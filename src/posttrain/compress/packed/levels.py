@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posttrain.compress.packed.bits import pack, packed_width, unpack
+from posttrain.compress.packed.bits import pack, packed_width
 from posttrain.compress.packed.weight import PackedWeight
 
 
@@ -33,11 +34,21 @@ def pack_digits(codes: Tensor, levels: int) -> Tensor:
 
 
 def unpack_digits(packed: Tensor, levels: int, columns: int) -> Tensor:
-    """The inverse of `pack_digits`: `[rows, columns]` uint8."""
+    """The inverse of `pack_digits`, as fp32. A number lies in two bytes; its digits are looked up."""
     count, bits = digits_in(levels)
-    numbers = unpack(packed, bits, -(-columns // count)).to(torch.int32)
-    powers = levels ** torch.arange(count, dtype=torch.int32, device=packed.device)
-    return (numbers[..., None] // powers % levels).flatten(1)[:, :columns].to(torch.uint8)
+    start = torch.arange(-(-columns // count), dtype=torch.int32, device=packed.device) * bits
+    padded, byte = F.pad(packed, (0, 1)).to(torch.int32), start >> 3
+    both = padded.index_select(1, byte) | padded.index_select(1, byte + 1) << 8
+    numbers = (both >> (start & 7)) & ((1 << bits) - 1)
+    found = _digits(levels).to(packed.device).index_select(0, numbers.flatten())
+    return found.view(len(packed), -1)[:, :columns]
+
+
+@functools.cache
+def _digits(levels: int) -> Tensor:
+    """`[2**bits, digits]` fp32: what each number stands for."""
+    count, bits = digits_in(levels)
+    return (torch.arange(1 << bits)[:, None] // levels ** torch.arange(count) % levels).float()
 
 
 class LevelsWeight(PackedWeight):
@@ -86,13 +97,13 @@ class LevelsWeight(PackedWeight):
         return rows * (bits * -(-columns // count) + 16 * self.groups + zeros)
 
     def unpacked(self) -> Tensor:
-        """`[out, in]` uint8 codes."""
+        """`[out, in]` fp32 codes."""
         return unpack_digits(self.codes, self.levels, self.shape[1])
 
     def dequantize(self) -> Tensor:
-        codes = self.unpacked().float().view(self.shape[0], self.groups, -1)
+        codes = self.unpacked().reshape(self.shape[0], self.groups, -1)
         scale = self.scale.float()[..., None]
         if self.float_zero:
             return (codes * scale + self.zero.float()[..., None]).reshape(self.shape)
-        zero = unpack_digits(self.zero, self.levels, self.groups).float()
+        zero = unpack_digits(self.zero, self.levels, self.groups)
         return ((codes - zero[..., None]) * scale).reshape(self.shape)
