@@ -37,12 +37,17 @@ class Where:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-5 is a number, as in YAML 1.2 (1.1 takes it for text)."""
+    """Safe YAML in which 1e-5 is a number and 2:4 is text, as in YAML 1.2 (1.1 has it the other way round: 2:4 is 124,
+    in base 60).
+    """
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+\Z"), list("-+.0123456789")
 )
+for _first in "-+0123456789":  # before the resolver of whole numbers, which would have it
+    _text = ("tag:yaml.org,2002:str", re.compile(r"[-+]?\d+(:\d+)+(\.\d*)?\Z"))
+    _Loader.yaml_implicit_resolvers[_first].insert(0, _text)
 
 
 def read_yaml(text: str, name: str) -> tuple[Any, dict[Place, int]]:

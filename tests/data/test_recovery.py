@@ -154,7 +154,7 @@ def test_it_trains_on_the_chosen_rows_alone_and_keeps_zeros() -> None:
 
 def test_with_all_rows_and_weights_it_is_sft() -> None:
     method = methods.paser(make_policy(), share=1.0, concepts=False, clusters=1, keep_zeros=False)
-    assert method.weights is None
+    assert method.weight_rule is None
     one = offline(method.with_settings(steps=3, batch=4), demonstrations(), pruned_policy())
     other = offline(methods.sft().with_settings(steps=3, batch=4), demonstrations(), pruned_policy())
     for _ in range(3):
@@ -171,7 +171,7 @@ def test_the_choice_is_the_same_each_time() -> None:
 
 
 def test_mistakes_are_told() -> None:
-    assert isinstance(methods.paser().weights, KeepZeros)
+    assert isinstance(methods.paser().weight_rule, KeepZeros)
     with pytest.raises(PosttrainError, match=r"^recovery: share is 0 and clusters 10; expected a share of the rows"):
         Recovery(demonstrations(), 0, 0)
     with pytest.raises(PosttrainError, match=r"^recovery: no teacher is given; expected the model as it was before"):

@@ -20,6 +20,7 @@ from posttrain.compress.solvers.magnitude import Magnitude
 from posttrain.compress.solvers.sparsegpt import SparseGPT
 from posttrain.compress.solvers.sparsity import Sparsity
 from posttrain.compress.solvers.wanda import Wanda
+from posttrain.recipe_text import read_yaml
 from posttrain.trajectory import PosttrainError
 from tiny_models import VOCABULARY, make_policy
 
@@ -94,3 +95,8 @@ def test_what_does_not_divide_is_told_before_anything_is_done() -> None:
         with pytest.raises(PosttrainError, match="input columns, which 5:64 does not divide"):
             compress_model(whole, make(pattern="5:64"), batches())
     assert not any(isinstance(m, PackedLinear) for m in whole.modules())
+
+
+def test_a_pattern_in_yaml_is_no_number_in_base_sixty() -> None:
+    found, _ = read_yaml("wanda: {pattern: 2:4, sparsity: 0.5, 4:8: 1e-3}", "recipe")
+    assert found == {"wanda": {"pattern": "2:4", "sparsity": 0.5, "4:8": 1e-3}}

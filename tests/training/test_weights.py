@@ -186,7 +186,7 @@ def test_parts_are_those_of_the_run_alone() -> None:
     first, second = trainer(method), trainer(method)
     first.advance()
     assert (rule(first).done, rule(second).done) == (1, 0)
-    assert method.weights == PruneAndRegrow(CubicSparsity(0.5, 0.0, 2, 0.0, 0.5), 0.5)
+    assert method.weight_rule == PruneAndRegrow(CubicSparsity(0.5, 0.0, 2, 0.0, 0.5), 0.5)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_short_stage_is_pruned_at_its_end() -> None:
 
 
 def test_zeros_are_kept() -> None:
-    method = methods.sft().replace(weights=KeepZeros()).with_settings(**STEPS)
+    method = methods.sft().replace(weight_rule=KeepZeros()).with_settings(**STEPS)
     policy = make_policy()
     weights = [policy.model.get_submodule(n.removesuffix(".weight")).weight for n in pruned(policy)]
     with torch.no_grad():

@@ -66,7 +66,7 @@ class Recovery(Shuffled):
         states = torch.cat([mean_hidden(teacher, [Group(g.trajectories[:1])]) for g in groups])
         cluster = clustered(states, min(self.clusters, len(groups)), self.seed)
         costs = torch.tensor([math.log(g.trajectories[0].length ** 2) for g in groups]).clamp(min=1e-6)
-        texts = [policy.tokenizer.decode(g.trajectories[0].tokens, skip_special_tokens=True) for g in groups]
+        texts = [str(policy.tokenizer.decode(g.trajectories[0].tokens, skip_special_tokens=True)) for g in groups]
         budget = max(1, round(self.share * len(groups)))
         named = [key_phrases(text) for text in texts] if self.concepts else None
         self.kept, refused = chosen(divergence, cluster, divergence / costs, budget, named)

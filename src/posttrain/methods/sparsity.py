@@ -150,7 +150,7 @@ def granet(
     Reference: Sparse training via boosting pruning plasticity with neuroregeneration, 2021, arXiv 2106.10404
     (card 088).
     """
-    return sft().replace(weights=PruneAndRegrow(CubicSparsity(sparsity, initial, every, start, end), regrow))
+    return sft().replace(weight_rule=PruneAndRegrow(CubicSparsity(sparsity, initial, every, start, end), regrow))
 
 
 @method(family="sparsity", card="141")
@@ -183,4 +183,4 @@ def paser(
     2502.12594 (card 141).
     """
     sampler = partial(Recovery, share=share, clusters=clusters, concepts=concepts)
-    return sft().replace(sampler=sampler, teacher=teacher, weights=KeepZeros() if keep_zeros else None)
+    return sft().replace(sampler=sampler, teacher=teacher, weight_rule=KeepZeros() if keep_zeros else None)

@@ -13,7 +13,7 @@ from posttrain.studies.compression import compressed
 from posttrain.studies.registry import study
 from posttrain.studies.study import Arm, Measured, Study
 from posttrain.studies.verdict import AtMost, Better, Lower, Within
-from posttrain.training.method import Method, stages_of
+from posttrain.training.method import Method, Pipeline, stages_of
 from posttrain.training.stage import train_stage
 from posttrain.training.weights import KeepZeros, pruned
 
@@ -139,7 +139,7 @@ def paser() -> Study:
     the model before pruning below the random tenth's.
     """
     whole = {"rows": 1000, "steps": 60}
-    random = methods.sft().replace(weights=KeepZeros())
+    random = methods.sft().replace(weight_rule=KeepZeros())
     return Study(
         claim="Rows chosen by divergence in every cluster recover more of a pruned model than as many random ones.",
         setting="lab model mixed, half of its weights gone; 60 steps of 16 rows, chosen among 1,000.",
@@ -159,7 +159,7 @@ def paser() -> Study:
     )
 
 
-def recovered(method: Method | None, *, share: float = 0.5, prompts: int = 192) -> Arm:
+def recovered(method: Method | Pipeline | None, *, share: float = 0.5, prompts: int = 192) -> Arm:
     """An arm that prunes the lab's language model by size, in place, and lets it recover by a method.
 
     Figures: `accuracy` (greedy, on held-out problems), `divergence` (Jensen–Shannon, nats a token of the answers of 200
@@ -174,7 +174,14 @@ def recovered(method: Method | None, *, share: float = 0.5, prompts: int = 192) 
 
 
 def run_recovered(
-    seed: int, quick: bool, *, method: Method | None, preset: str, share: float, prompts: int, model: str = ""
+    seed: int,
+    quick: bool,
+    *,
+    method: Method | Pipeline | None,
+    preset: str,
+    share: float,
+    prompts: int,
+    model: str = "",
 ) -> Measured:
     """See `recovered`; `model` is the preset's key in the lab."""
     from posttrain import lab
@@ -183,7 +190,8 @@ def run_recovered(
     policy = lab.model(preset, seed % 3)
     teacher, task, rows = policy.frozen_copy(), lab.task(preset), 200
     zero_smallest(policy, share)
-    figures, seconds, tokens = {}, 0.0, 0
+    figures: dict[str, float] = {}
+    seconds, tokens = 0.0, 0
     if quick:
         prompts, rows = 8, 16
     if method is not None:

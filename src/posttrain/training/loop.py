@@ -101,7 +101,7 @@ class Trainer:
         if not named:
             raise PosttrainError("the model has no trainable parameter; unfreeze some or set lora")
         self.optimizer = MasterAdamW(named, self.settings)
-        self.weights = copy.deepcopy(method.weights)
+        self.weights = copy.deepcopy(method.weight_rule)
         if self.weights is not None:
             updates = self.total * self.settings.updates * self.settings.minibatches
             self.weights.begin(policy, self.optimizer, updates, seed)

@@ -34,7 +34,7 @@ class Method:
         every update; reference_every: it becomes the policy as it is after every so many updates. Without either it
         stays as it was at the stage's start.
     teacher: another policy (an id, a folder, or one that is loaded) for parts that look at one.
-    normaliser: what gradients are divided by. weights: what is done to weights after each update.
+    normaliser: what gradients are divided by. weight_rule: what is done to weights after each update.
     replay_experts: for mixtures of experts, whose routing the updates follow: that of the `trainer` before the step's
         first update, or of the `sampler` (the engine that drew the completions); None leaves it to the routers.
     arguments: what the method function was called with (for reports).
@@ -53,7 +53,7 @@ class Method:
     reference_every: int | None = None
     teacher: str | Path | CausalPolicy | None = None
     normaliser: Normaliser | None = None
-    weights: WeightRule | None = None
+    weight_rule: WeightRule | None = None
     replay_experts: Literal["trainer", "sampler"] | None = None
     arguments: dict[str, object] = field(default_factory=dict)
 
