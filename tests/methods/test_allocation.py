@@ -63,7 +63,7 @@ def test_arguments_reach_the_parts() -> None:
 def test_moequant_without_its_parts_is_gptq() -> None:
     grid = Uniform(4, 0, "none", "mse")
     assert methods.moequant().solver == AffinityGPTQ(grid)
-    assert methods.moequant().calibration == SelfBalanced(128)
+    assert methods.moequant().calibration == SelfBalanced()
     plain = methods.moequant(affinity=False, balanced=False)
     assert plain.solver == GPTQ(grid)
     assert type(plain.calibration) is Calibrated
