@@ -52,7 +52,8 @@ INLINE FOR_AVX512 void add_block(__m512i sum[][DIGITS], __m512i block, const int
 #pragma GCC unroll 3
             for (int d = 0; d < digits; d++) {
                 const __m512i with = _mm512_load_si512(x + m * stride + (j * digits + d) * 64);
-                sum[m][d] = _mm512_dpbusd_epi32(sum[m][d], code, with);
+                const int to = digits == 1 ? j % 2 : d;  // a single sum would have to wait for itself
+                sum[m][to] = _mm512_dpbusd_epi32(sum[m][to], code, with);
             }
     }
 }
@@ -63,11 +64,12 @@ INLINE FOR_AVX512 void begin_span(__m512i sum[][DIGITS], const int32_t *start, i
     for (int m = 0; m < tile; m++)
 #pragma GCC unroll 3
         for (int d = 0; d < digits; d++) sum[m][d] = _mm512_load_si512(start + m * stride + d * 16);
+    for (int m = 0; m < tile && digits == 1; m++) sum[m][1] = _mm512_setzero_si512();
 }
 
 // scale * (256^2 * highest + 256 * middle + lowest)
 INLINE FOR_AVX512 __m512 end_span(__m512 total, const __m512i *sum, __m512 scale, const int digits) {
-    if (digits == 1) return _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum[0]), total);
+    if (digits == 1) return _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(_mm512_add_epi32(sum[0], sum[1])), total);
     const __m512 low = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum[1], 8), sum[0]));
     const __m512 both = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[2]), _mm512_set1_ps(65536.0f), low);
     return _mm512_fmadd_ps(scale, both, total);

@@ -25,7 +25,7 @@ int supported_level(void) {
     const int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
-                       __builtin_cpu_supports("avx512vpopcntdq");
+                       __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("gfni");
     return avx512 ? AVX512 : AVX2;
 #else
     return PORTABLE;

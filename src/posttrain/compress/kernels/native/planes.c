@@ -3,26 +3,7 @@
 // A row is cut into blocks of 512 columns; a block holds a plane after the other, lowest bit first, each 8 words of 64
 // bits: bit k % 64 of word k / 64 is that of column k. Columns beyond the last are zeros. Both sides are unsigned codes.
 
-#include "avx512.h"
-
-enum { WORDS = 8, COLUMNS = 512 };
-
-typedef struct {
-    const uint64_t *weights, *inputs;  // [rows, blocks, bits, 8], [count, blocks, input_bits, 8]
-    int64_t rows, count, blocks, groups, group;
-    int bits, input_bits;
-    int64_t *sums;  // [count, rows], where the sums themselves are wanted
-    // or values: scales and zeros of groups, sums of the groups' inputs, scales of the inputs
-    Codes codes;
-    const float *input_sums, *input_scale;  // [count, padded_groups], [count]
-    int64_t padded_groups;
-    float *out;
-    const int32_t *first_group, *lane_group;  // [blocks] the group of the first word, [blocks, 8] the words' from there
-    uint8_t sixteen_bytes[64];
-    uint32_t sixteen_shift[16];
-} Planes;
-
-typedef void (*PlaneRows)(const Planes *p, int64_t begin, int64_t end);
+#include "planes.h"
 
 // offset of a group of a row: what is multiplied by the sum of its inputs
 INLINE float offset_of(const Codes *c, int64_t row, int64_t g, float scale) {
@@ -92,26 +73,11 @@ INLINE FOR_AVX512 __m512i weighted(const __m512i *sum, const int bits, const int
     return all;
 }
 
-INLINE FOR_AVX512 __m512d wide(__m256 eight) { return _mm512_cvtps_pd(eight); }
-
 // The scales of the 8 words of a block.
 INLINE FOR_AVX512 __m512d word_scales(const Planes *p, int64_t row, int64_t block) {
     const int64_t from = p->first_group[block];
     const __m256 near = _mm512_castps512_ps256(scales_from(&p->codes, row, from));
     return wide(_mm256_permutexvar_ps(_mm256_loadu_si256((const __m256i *)(p->lane_group + block * WORDS)), near));
-}
-
-INLINE FOR_AVX512 double sum_of_offsets(const Planes *p, int64_t row, int64_t m) {
-    const __m512i where = _mm512_loadu_si512(p->sixteen_bytes), shift = _mm512_loadu_si512(p->sixteen_shift);
-    __m512d total = _mm512_setzero_pd();
-    for (int64_t g = 0; g < p->groups; g += 16) {
-        const __m512 offset = offsets(&p->codes, row, g, 0.0f, where, shift);
-        const float *inputs = p->input_sums + m * p->padded_groups + g;
-        const __m256 low = _mm512_castps512_ps256(offset), high = _mm512_extractf32x8_ps(offset, 1);
-        total = _mm512_fmadd_pd(wide(low), wide(_mm256_loadu_ps(inputs)), total);
-        total = _mm512_fmadd_pd(wide(high), wide(_mm256_loadu_ps(inputs + 8)), total);
-    }
-    return _mm512_reduce_add_pd(total);
 }
 
 INLINE FOR_AVX512 void plane_rows(const Planes *p, int64_t begin, int64_t end, const int bits, const int others) {
@@ -155,8 +121,7 @@ FOR_AVX512 static void rows_avx512(const Planes *p, int64_t begin, int64_t end) 
     switch (p->bits * 16 + p->input_bits) {
         CASES(1)
         CASES(2)
-        CASES(3)
-        CASES(4)
+        CASE(3, 1) CASE(3, 2) CASE(4, 1) CASE(4, 2)
         default: plane_rows(p, begin, end, p->bits, p->input_bits);  // too many planes to be worth code of their own
     }
 }
@@ -217,6 +182,13 @@ EXPORT int posttrain_plane_product(const uint64_t *weights, const uint16_t *scal
 #if X86
     if (level >= AVX2) kernel = rows_avx2;
     if (level >= AVX512) kernel = rows_avx512;
+    // counting takes bits * input_bits steps a block, and multiplying bytes about eight; it takes up to four planes
+    uint8_t *bytes = NULL;
+    if (level >= AVX512 && bits <= 4 && bits * input_bits > 8) {
+        bytes = bytes_of_planes(&p);
+        if (!bytes) return NO_MEMORY;
+        p.input_bytes = bytes, kernel = plane_rows_by_bytes;
+    }
 #endif
     (void)level;
     if (scale) {
@@ -229,7 +201,7 @@ EXPORT int posttrain_plane_product(const uint64_t *weights, const uint16_t *scal
     float *padded = (float *)aligned((size_t)(count * p.padded_groups) * 4);
     int32_t *lane_group = (int32_t *)aligned((size_t)(p.blocks * (1 + WORDS)) * 4), *first_group = lane_group + p.blocks * WORDS;
     if (!padded || !lane_group) {
-        free(padded), free(lane_group);
+        free(padded), free(lane_group), free((void *)p.input_bytes);
         return NO_MEMORY;
     }
     for (int64_t m = 0; m < count && scale; m++) {
@@ -244,6 +216,6 @@ EXPORT int posttrain_plane_product(const uint64_t *weights, const uint16_t *scal
     p.input_sums = padded, p.first_group = first_group, p.lane_group = lane_group;
     const Task task = {&p, kernel};
     for_rows(body, &task, rows, threads);
-    free(padded), free(lane_group);
+    free(padded), free(lane_group), free((void *)p.input_bytes);
     return DONE;
 }

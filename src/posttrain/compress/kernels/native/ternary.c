@@ -64,59 +64,77 @@ FOR_AVX2 static void rows_avx2(const Ternary *p, int64_t begin, int64_t end, int
     any_rows(p, begin, end, first, tile, room);
 }
 
-INLINE FOR_AVX512 __m512i digits(__m512i bytes, const Ternary *p, int phase) {
-    const __m512i one_each = _mm512_permutexvar_epi8(_mm512_load_si512(p->places[phase]), bytes);
-    const __m512i fraction = _mm512_mullo_epi16(one_each, _mm512_load_si512(p->powers[phase]));
-    return _mm512_mulhi_epu16(fraction, _mm512_set1_epi16(3));
+// What sums of a group begin at, and their addition to the total.
+INLINE FOR_AVX512 void begin_group(__m512i sum[][2], const int32_t *start, int64_t stride, const int tile) {
+#pragma GCC unroll 4
+    for (int m = 0; m < tile; m++) {
+        sum[m][0] = _mm512_load_si512(start + m * stride);
+        sum[m][1] = _mm512_load_si512(start + m * stride + 16);
+    }
+}
+
+INLINE FOR_AVX512 void end_group(__m512 *total, __m512i sum[][2], float near[][16], int64_t g, const int tile) {
+#pragma GCC unroll 4
+    for (int m = 0; m < tile; m++) {
+        const __m512 low = _mm512_cvtepi32_ps(sum[m][0]), high = _mm512_cvtepi32_ps(sum[m][1]);
+        const __m512 both = _mm512_fmadd_ps(high, _mm512_set1_ps(65536.0f), low);
+        total[m] = _mm512_fmadd_ps(_mm512_set1_ps(near[m][g % 16]), both, total[m]);
+    }
+}
+
+INLINE FOR_AVX512 void scales_of_groups(const Ternary *p, float near[][16], int64_t place, int64_t first, int64_t g,
+                                        const int tile) {
+    const __m512 scale = halves(p->scale + place * p->groups + g, first_of(p->groups - g));
+    for (int m = 0; m < tile; m++) {
+        const float *inputs = p->input_scale + (first + m) * p->padded_groups + g;
+        _mm512_storeu_ps(near[m], _mm512_mul_ps(scale, _mm512_load_ps(inputs)));
+    }
 }
 
 INLINE FOR_AVX512 void step_rows(const Ternary *p, int64_t begin, int64_t end, int64_t first, const int tile) {
-    const int64_t steps = p->width / STEP, a_group = p->groups == 1 ? steps : p->group / STEP;
+    const int64_t steps = p->groups == 1 ? p->width / STEP : p->columns / STEP;
+    const int64_t a_group = steps / p->groups, stride = p->width * 2, starts = p->groups * 32;
+    const __m512i three = _mm512_set1_epi16(3);
+    __m512i places[PHASES], powers[PHASES];
+    for (int phase = 0; phase < PHASES; phase++) {
+        places[phase] = _mm512_load_si512(p->places[phase]);
+        powers[phase] = _mm512_load_si512(p->powers[phase]);
+    }
     for (int64_t row = begin; row < end; row++) {
         __m512 total[TILE];
         for (int m = 0; m < tile; m++) total[m] = _mm512_setzero_ps();
         for (int plane = 0; plane < p->planes; plane++) {
             const int64_t place = plane * p->rows + row;
             const uint8_t *at = p->trits + place * p->bytes;
-            const int16_t *x = p->words + first * p->width * 2;
-            __m512i sum[TILE][2], bytes = _mm512_setzero_si512();
+            const int16_t *x = p->words + first * stride;
+            const int32_t *start = p->start + first * starts;
+            __m512i sum[TILE][2];
             float near[TILE][16];
-            int phase = 0;
-            int64_t left = p->bytes;
-            for (int64_t g = 0; g < p->groups; g++) {
-                for (int m = 0; m < tile; m++)
-                    for (int i = 0; i < 2; i++)
-                        sum[m][i] = _mm512_load_si512(p->start + (((first + m) * p->groups + g) * 2 + i) * 16);
-                if (g % 16 == 0) {
-                    const __m512 scale = halves(p->scale + place * p->groups + g, first_of(p->groups - g));
+            int64_t g = 0, left = a_group, bytes_left = p->bytes;
+            scales_of_groups(p, near, place, first, 0, tile);
+            begin_group(sum, start, starts, tile);
+            for (int64_t step = 0; step < steps; at += STEP, bytes_left -= STEP) {
+                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+                const __m512i bytes = _mm512_maskz_loadu_epi8(first_bytes(least(bytes_left, STEP)), at);
+#pragma GCC unroll 5
+                for (int phase = 0; phase < PHASES; phase++, x += 2 * STEP) {
+                    const __m512i one_each = _mm512_permutexvar_epi8(places[phase], bytes);
+                    const __m512i fraction = _mm512_mullo_epi16(one_each, powers[phase]);
+                    const __m512i digit = _mm512_mulhi_epu16(fraction, three);
+#pragma GCC unroll 4
                     for (int m = 0; m < tile; m++) {
-                        const float *inputs = p->input_scale + (first + m) * p->padded_groups + g;
-                        _mm512_storeu_ps(near[m], _mm512_mul_ps(scale, _mm512_load_ps(inputs)));
+                        sum[m][0] = _mm512_dpwssd_epi32(sum[m][0], digit, _mm512_load_si512(x + m * stride));
+                        sum[m][1] = _mm512_dpwssd_epi32(sum[m][1], digit, _mm512_load_si512(x + m * stride + STEP));
+                    }
+                    if (--left == 0) {
+                        end_group(total, sum, near, g, tile);
+                        left = a_group, g++, start += 32;
+                        if (g == p->groups) break;
+                        if (g % 16 == 0) scales_of_groups(p, near, place, first, g, tile);
+                        begin_group(sum, start, starts, tile);
                     }
                 }
-                for (int64_t step = 0; step < a_group; step++, x += 2 * STEP) {
-                    if (phase == 0) {
-                        _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
-                        bytes = _mm512_maskz_loadu_epi8(first_bytes(least(left, STEP)), at);
-                        at += STEP, left -= STEP;
-                    }
-                    const __m512i digit = digits(bytes, p, phase);
-                    phase = phase == PHASES - 1 ? 0 : phase + 1;
-#pragma GCC unroll 4
-                    for (int m = 0; m < tile; m++)
-#pragma GCC unroll 2
-                        for (int i = 0; i < 2; i++)
-                        {
-                            const __m512i with = _mm512_load_si512(x + m * p->width * 2 + i * STEP);
-                            sum[m][i] = _mm512_dpwssd_epi32(sum[m][i], digit, with);
-                        }
-                }
-#pragma GCC unroll 4
-                for (int m = 0; m < tile; m++) {
-                    const __m512 low = _mm512_cvtepi32_ps(sum[m][0]), high = _mm512_cvtepi32_ps(sum[m][1]);
-                    const __m512 both = _mm512_fmadd_ps(high, _mm512_set1_ps(65536.0f), low);
-                    total[m] = _mm512_fmadd_ps(_mm512_set1_ps(near[m][g % 16]), both, total[m]);
-                }
+                step += PHASES;
             }
         }
         for (int m = 0; m < tile; m++)

@@ -12,6 +12,7 @@ typedef struct {
     const uint16_t *table, *second;  // [2^first, length], [2^rest, length] fp16; nothing as second where rest is 0
     int64_t vectors, rows, columns, code_bytes, count;
     int length, first_bits, rest_bits;
+    int stride;  // of a vector in its table: its length, or what a register holds, of copies with room behind them
     const float *inputs;  // [count, columns]
     float *out;  // [count, rows], added to
     char *room;  // of each thread: a row of indices, and bytes of unpacked codes
@@ -48,11 +49,11 @@ INLINE void any_rows(const Vectors *p, int64_t begin, int64_t end, int64_t first
         indices(p, row, index, (uint8_t *)(index + p->columns));
         float y[TILE][LONGEST] = {{0}};
         for (int64_t k = 0; k < p->columns; k++) {
-            const uint16_t *one = p->table + (int64_t)(index[k] & mask) * p->length;
+            const uint16_t *one = p->table + (int64_t)(index[k] & mask) * p->stride;
             float w[LONGEST];
             for (int i = 0; i < p->length; i++) w[i] = float_of_half(one[i]);
             if (p->second) {
-                const uint16_t *two = p->second + (int64_t)(index[k] >> p->first_bits) * p->length;
+                const uint16_t *two = p->second + (int64_t)(index[k] >> p->first_bits) * p->stride;
                 for (int i = 0; i < p->length; i++) w[i] += float_of_half(two[i]);
             }
             for (int m = 0; m < tile; m++) {
@@ -73,84 +74,71 @@ FOR_AVX2 static void rows_avx2(const Vectors *p, int64_t begin, int64_t end, int
     any_rows(p, begin, end, first, tile, room);
 }
 
-// Vectors of up to 8 weights in half a register.
-INLINE FOR_AVX512 __m256 eight(const uint16_t *table, int64_t index, int length, __mmask8 there) {
-    return _mm256_cvtph_ps(_mm_maskz_loadu_epi16(there, table + index * length));
+// Vectors of up to 8 weights in half a register, of up to 16 in a whole one. Tables have room behind the last vector.
+INLINE FOR_AVX512 __m256 eight(const uint16_t *table, int64_t index, int stride) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(table + index * stride)));
 }
 
-INLINE FOR_AVX512 void short_rows(const Vectors *p, int64_t begin, int64_t end, int64_t first, const int tile,
-                                  const int both, char *room) {
-    enum { SUMS = 4 };
-    int32_t *index = (int32_t *)room;
-    const int32_t mask = (1 << p->first_bits) - 1;
-    const __mmask8 there = (__mmask8)((1u << p->length) - 1);
-    const float *inputs = p->inputs + first * p->columns;
-    for (int64_t row = begin; row < end; row++) {
-        indices(p, row, index, (uint8_t *)(index + p->columns));
-        __m256 sum[TILE][SUMS];
-        for (int m = 0; m < tile; m++)
-            for (int s = 0; s < SUMS; s++) sum[m][s] = _mm256_setzero_ps();
-        for (int64_t k = 0; k < p->columns; k += SUMS) {
-#pragma GCC unroll 4
-            for (int s = 0; s < SUMS; s++) {
-                if (k + s >= p->columns) break;
-                __m256 w = eight(p->table, index[k + s] & mask, p->length, there);
-                if (both) w = _mm256_add_ps(w, eight(p->second, index[k + s] >> p->first_bits, p->length, there));
-#pragma GCC unroll 4
-                for (int m = 0; m < tile; m++)
-                    sum[m][s] = _mm256_fmadd_ps(w, _mm256_set1_ps(inputs[m * p->columns + k + s]), sum[m][s]);
-            }
-        }
-        for (int m = 0; m < tile; m++) {
-            float y[LONGEST];
-            const __m256 low = _mm256_add_ps(sum[m][0], sum[m][1]), high = _mm256_add_ps(sum[m][2], sum[m][3]);
-            _mm256_storeu_ps(y, _mm256_add_ps(low, high));
-            add_vector(p, row, first + m, y);
-        }
+INLINE FOR_AVX512 __m512 all(const uint16_t *table, int64_t index, int stride) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(table + index * stride)));
+}
+
+#define ROWS(name, Vector, look, set, fma, add, zero, put)                                                             \
+    INLINE FOR_AVX512 void name(const Vectors *p, int64_t begin, int64_t end, int64_t first, const int tile,           \
+                                const int both, char *room) {                                                          \
+        int32_t *index = (int32_t *)room;                                                                              \
+        const uint32_t mask = (1u << p->first_bits) - 1;                                                               \
+        const int bits = p->first_bits, stride = p->stride;                                                            \
+        const int64_t columns = p->columns;                                                                            \
+        const uint16_t *table = p->table, *second = p->second;                                                         \
+        for (int64_t row = begin; row < end; row++) {                                                                  \
+            const float *x = p->inputs + first * columns;                                                              \
+            indices(p, row, index, (uint8_t *)(index + columns));                                                      \
+            Vector sum[TILE][4];                                                                                       \
+            for (int m = 0; m < tile; m++)                                                                             \
+                for (int s = 0; s < 4; s++) sum[m][s] = zero();                                                        \
+            int64_t k = 0;                                                                                             \
+            for (; k + 4 <= columns; k += 4, x += 4) {                                                                 \
+                _Pragma("GCC unroll 4") for (int s = 0; s < 4; s++) {                                                  \
+                    const uint32_t i = (uint32_t)index[k + s];                                                         \
+                    Vector w = look(table, both ? i & mask : i, stride);                                               \
+                    if (both) w = add(w, look(second, i >> bits, stride));                                             \
+                    _Pragma("GCC unroll 4") for (int m = 0; m < tile; m++)                                             \
+                        sum[m][s] = fma(w, set(x[m * columns + s]), sum[m][s]);                                        \
+                }                                                                                                      \
+            }                                                                                                          \
+            for (; k < columns; k++, x++) {                                                                            \
+                const uint32_t i = (uint32_t)index[k];                                                                 \
+                Vector w = look(table, both ? i & mask : i, stride);                                                   \
+                if (both) w = add(w, look(second, i >> bits, stride));                                                 \
+                for (int m = 0; m < tile; m++) sum[m][0] = fma(w, set(x[m * columns]), sum[m][0]);                     \
+            }                                                                                                          \
+            for (int m = 0; m < tile; m++) {                                                                           \
+                float y[LONGEST];                                                                                      \
+                put(y, add(add(sum[m][0], sum[m][1]), add(sum[m][2], sum[m][3])));                                     \
+                add_vector(p, row, first + m, y);                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
     }
-}
 
-INLINE FOR_AVX512 void long_rows(const Vectors *p, int64_t begin, int64_t end, int64_t first, const int tile,
-                                 const int both, char *room) {
-    enum { SUMS = 4 };
-    int32_t *index = (int32_t *)room;
-    const int32_t mask = (1 << p->first_bits) - 1;
-    const __mmask16 there = first_of(p->length);
-    const float *inputs = p->inputs + first * p->columns;
-    for (int64_t row = begin; row < end; row++) {
-        indices(p, row, index, (uint8_t *)(index + p->columns));
-        __m512 sum[TILE][SUMS];
-        for (int m = 0; m < tile; m++)
-            for (int s = 0; s < SUMS; s++) sum[m][s] = _mm512_setzero_ps();
-        for (int64_t k = 0; k < p->columns; k += SUMS) {
-#pragma GCC unroll 4
-            for (int s = 0; s < SUMS; s++) {
-                if (k + s >= p->columns) break;
-                __m512 w = halves(p->table + (int64_t)(index[k + s] & mask) * p->length, there);
-                if (both)
-                    w = _mm512_add_ps(w, halves(p->second + (int64_t)(index[k + s] >> p->first_bits) * p->length, there));
-#pragma GCC unroll 4
-                for (int m = 0; m < tile; m++)
-                    sum[m][s] = _mm512_fmadd_ps(w, _mm512_set1_ps(inputs[m * p->columns + k + s]), sum[m][s]);
-            }
-        }
-        for (int m = 0; m < tile; m++) {
-            float y[LONGEST];
-            const __m512 low = _mm512_add_ps(sum[m][0], sum[m][1]), high = _mm512_add_ps(sum[m][2], sum[m][3]);
-            _mm512_storeu_ps(y, _mm512_add_ps(low, high));
-            add_vector(p, row, first + m, y);
-        }
-    }
-}
+ROWS(short_rows, __m256, eight, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_add_ps, _mm256_setzero_ps, _mm256_storeu_ps)
+ROWS(long_rows, __m512, all, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_add_ps, _mm512_setzero_ps, _mm512_storeu_ps)
 
-#define CASE(tile)                                                                                                     \
-    case tile * 4: short_rows(p, begin, end, first, tile, 0, room); break;                                             \
-    case tile * 4 + 1: short_rows(p, begin, end, first, tile, 1, room); break;                                         \
-    case tile * 4 + 2: long_rows(p, begin, end, first, tile, 0, room); break;                                          \
-    case tile * 4 + 3: long_rows(p, begin, end, first, tile, 1, room); break;
+#define CASE(rows, both)                                                                                               \
+    for (int m = 0; m < tile; m += tile == TILE ? TILE : 1)                                                            \
+        if (tile == TILE)                                                                                              \
+            rows(p, begin, end, first, TILE, both, room);                                                              \
+        else                                                                                                           \
+            rows(p, begin, end, first + m, 1, both, room);                                                             \
+    break;
 
 FOR_AVX512 static void rows_avx512(const Vectors *p, int64_t begin, int64_t end, int64_t first, int tile, char *room) {
-    switch (tile * 4 + (p->length > 8) * 2 + (p->second != NULL)) { CASE(1) CASE(2) CASE(3) CASE(4) }
+    switch ((p->length > 8) * 2 + (p->second != NULL)) {
+        case 0: CASE(short_rows, 0)
+        case 1: CASE(short_rows, 1)
+        case 2: CASE(long_rows, 0)
+        case 3: CASE(long_rows, 1)
+    }
 }
 #endif
 
@@ -164,6 +152,15 @@ static void body(const void *task, int64_t begin, int64_t end, int thread) {
     for (int64_t m = 0; m < t->product->count; m += TILE)
         t->rows(t->product, begin, end, m, (int)least(TILE, t->product->count - m),
                 t->product->room + t->product->room_bytes * thread);
+}
+
+// A copy of a table of which a whole register may be read at the last vector.
+static uint16_t *with_room(const uint16_t *table, int64_t entries, int length) {
+    uint16_t *copy = (uint16_t *)aligned((size_t)(entries * length + LONGEST) * 2);
+    if (!copy) return NULL;
+    memcpy(copy, table, (size_t)(entries * length) * 2);
+    memset(copy + entries * length, 0, LONGEST * 2);
+    return copy;
 }
 
 // out[m, row * length + i] += sum over columns of input[m, column] * weight; inputs `[count, columns]`, out
@@ -180,13 +177,23 @@ EXPORT int posttrain_vector_product(const uint8_t *codes, const uint16_t *table,
     p.room_bytes = rounded_up(columns * 5 + 8, 64);
     p.room = (char *)aligned((size_t)(p.room_bytes * threads));
     if (!p.room) return NO_MEMORY;
+    p.stride = length;
     VectorRows kernel = rows_portable;
+    uint16_t *copies[2] = {NULL, NULL};
+    int failed = DONE;
 #if X86
     if (level >= AVX2) kernel = rows_avx2;
-    if (level >= AVX512) kernel = rows_avx512;
+    if (level >= AVX512) {
+        kernel = rows_avx512;
+        if (length != 8 && length != 16) {
+            copies[0] = with_room(p.table, (int64_t)1 << first_bits, length), p.table = copies[0];
+            if (p.second) copies[1] = with_room(p.second, (int64_t)1 << rest_bits, length), p.second = copies[1];
+            failed = copies[0] && (!rest_bits || copies[1]) ? DONE : NO_MEMORY;
+        }
+    }
 #endif
     const Task task = {&p, kernel};
-    for_rows(body, &task, p.vectors, threads);
-    free(p.room);
-    return DONE;
+    if (!failed) for_rows(body, &task, p.vectors, threads);
+    free(p.room), free(copies[0]), free(copies[1]);
+    return failed;
 }
