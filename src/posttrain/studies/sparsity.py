@@ -185,7 +185,7 @@ def run_recovered(
 ) -> Measured:
     """See `recovered`; `model` is the preset's key in the lab."""
     from posttrain import lab
-    from posttrain.data.recovery import divergences
+    from posttrain.data.recovery import Recovery, divergences
 
     policy = lab.model(preset, seed % 3)
     teacher, task, rows = policy.frozen_copy(), lab.task(preset), 200
@@ -198,7 +198,7 @@ def run_recovered(
         stage = stages_of(shortened(method) if quick else method)[0]
         if quick:
             stage = stage.with_settings(rows=min(stage.settings.rows or 64, 64))
-        if "recovery" in str(stage.sampler).lower():
+        if getattr(stage.sampler, "func", None) is Recovery:
             stage = replace(stage, teacher=teacher)
         result = train_stage(policy, stage, task, seed=seed)
         policy, seconds, tokens = result.policy, result.seconds, result.tokens
