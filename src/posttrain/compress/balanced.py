@@ -49,6 +49,8 @@ class SelfBalanced(Calibrated):
         unfuse(model)
         if not any(isinstance(m, Experts) for m in model.modules()):
             return given
+        if not all("input_ids" in batch for batch in given):
+            raise PosttrainError("a mixture writes its own text in the place of text; expected batches with input_ids")
         count, length = sum(len(b["input_ids"]) for b in given), max(b["input_ids"].shape[1] for b in given)
         draw = torch.Generator().manual_seed(seed)
         device = given[0]["input_ids"].device
