@@ -76,6 +76,7 @@ def test_the_same_logits_to_the_bit(tmp_path: Path, name: str) -> None:
     assert not any(p.requires_grad for p in again.model.parameters())
     assert again.compression.method == "rtn"
     assert again.compression.bits == small.compression.bits
+    assert again.compression.arguments == small.compression.arguments
     assert [(x.name, x.error) for x in again.compression.layers] == [
         (x.name, x.error) for x in small.compression.layers
     ]
