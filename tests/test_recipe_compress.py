@@ -115,7 +115,11 @@ def test_a_changed_method_is_only_in_python() -> None:
     [
         ("gptq: {bit: 4}", 4, "unknown key 'bit'; did you mean bits?"),
         ("gptq: {steps: 4}", 4, "steps is for stages that train, and gptq compresses"),
-        ("gptq:\n      data: f", 5, "data is for stages that train, and gptq compresses; give its text as calibration: "),
+        (
+            "gptq:\n      data: f",
+            5,
+            "data is for stages that train, and gptq compresses; give its text as calibration: ",
+        ),
         ("gptq: {bits: four}", 4, "bits is 'four'; input should be a valid integer"),
         ("gptq: {bits: 9}", 4, "bits is 9; a uniform grid has 1 to 8"),
         ("gptq:\n      bits: 4\n      zero: half", 6, "zero is 'half'; input should be 'none', 'integer' or 'float'"),
