@@ -187,8 +187,8 @@ def q_vlm(
     entropy of their inputs over tokens, is at least the mean so far. In models that see, blocks of the vision tower
     have ranges by place of the image, searched among 1, 0.999 and 0.998. All ranges are static: the authors' code takes
     some from the present sequence, in which a token would see later ones. The training of the vision encoder is not
-    part of this, since neither the paper's summary nor its code says what is trained. Ranges by channel stand inside the sum
-    of a matrix product, so they save memory traffic only where a kernel is made for them.
+    part of this, since neither the paper's summary nor its code says what is trained. Ranges by channel stand inside
+    the sum of a matrix product, so they save memory traffic only where a kernel is made for them.
 
     Args:
         bits: of activations. group: g, weights that share a scale.
