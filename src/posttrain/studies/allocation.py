@@ -56,35 +56,46 @@ class AnyGroups(SliM):
 
 @study(method=("slim-llm", "slim-llm-plus"), card="148")
 def slim_llm() -> Study:
-    """At two bits on average, bits by salience should lose less than equal bits, and less than as many bits anywhere.
+    """Bits moved to salient groups should lose less than equal bits, and less than as many bits moved anywhere.
 
-    Groups are of 16 columns, so that layers have 8 or 16 of them to choose among. Baselines: GPTQ with two bits in the
-    same groups, the same numbers of moved groups in any order, and for SliM-LLM+ learned clipping with equal bits (the
-    same method with nothing moved). All have equal bits but for the map of columns, 0.02 bits. The search of ranges is
-    ablated, and run with salient errors counted four times.
+    Groups are of 16 columns, so that layers have 8 or 16 of them to choose among. Baselines: GPTQ with equal bits in
+    the same groups, the same numbers of moved groups in any order, and for SliM-LLM+ learned clipping with equal bits
+    (the same method with nothing moved). At three bits all store the same but for the map of columns, 0.02 bits. At two
+    bits, where the paper's claim is strongest, groups of one bit have two floats where others have one and a zero point
+    of their few bits, which comes to about a tenth of a bit more than GPTQ: the arm with bits anywhere is the one of
+    equal bits. The search of ranges is ablated, and run with salient errors counted four times.
 
-    Rule, fixed before the run: by the divergence from the float model, SliM-LLM below GPTQ and below bits anywhere;
-    searched ranges below whole ones; SliM-LLM+ below learned clipping.
+    Rule, fixed before the run: by the divergence from the float model, SliM-LLM below GPTQ and below bits anywhere, at
+    two and at three bits; searched ranges below whole ones at two bits; SliM-LLM+ below learned clipping at two.
     """
-    anywhere = Compression("bits anywhere", AnyGroups(2, 16))
+
+    def anywhere(bits: int) -> Compression:
+        return Compression("bits anywhere", AnyGroups(bits, 16))
+
     return Study(
         claim="Bits moved to salient groups of columns lose less than equal bits, with GPTQ and with learned clipping.",
         setting=MODEL,
         arms={
             "gptq": compressed(methods.gptq(2, 16)),
-            "bits anywhere": compressed(anywhere),
+            "bits anywhere": compressed(anywhere(2)),
             "whole ranges": compressed(methods.slim_llm(2, 16, steps=0)),
             "slim-llm": compressed(methods.slim_llm(2, 16)),
             "slim-llm, salient four times": compressed(methods.slim_llm(2, 16, salience=4.0)),
             "learned clipping": compressed(methods.slim_llm_plus(2, 16, moved=0)),
             "slim-llm-plus": compressed(methods.slim_llm_plus(2, 16)),
+            "gptq, 3 bits": compressed(methods.gptq(3, 16)),
+            "bits anywhere, 3 bits": compressed(anywhere(3)),
+            "slim-llm, 3 bits": compressed(methods.slim_llm(3, 16)),
         },
         expectations=(
             Lower("slim-llm", than="gptq", metric="kl", why="salience is heavy-tailed over groups"),
             Lower("slim-llm", than="bits anywhere", metric="kl", why="it is the salient groups that need the bits"),
             Lower("slim-llm", than="whole ranges", metric="kl", why="ranges that lose less are near the whole one"),
             Lower("slim-llm-plus", than="learned clipping", metric="kl", why="the bits help whatever rounds"),
-            Within("slim-llm", of="gptq", metric="bits", tolerance=0.1, why="equal bits"),
+            Lower("slim-llm, 3 bits", than="gptq, 3 bits", metric="kl", why="as at two bits"),
+            Lower("slim-llm, 3 bits", than="bits anywhere, 3 bits", metric="kl", why="as at two bits"),
+            Within("slim-llm, 3 bits", of="gptq, 3 bits", metric="bits", tolerance=0.05, why="equal bits"),
+            Within("slim-llm", of="bits anywhere", metric="bits", tolerance=0.05, why="equal bits"),
         ),
     )
 
