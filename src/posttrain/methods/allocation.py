@@ -148,25 +148,27 @@ def cptquant_taylor(
     form: Form = "difference",
     epsilon: float = 1e-2,
     directions: int = 4,
+    by: Unit = "block",
     rule: Rule = "budget",
 ) -> Compression:
-    r"""CPTQuant's TDMPQ: more bits to blocks whose input moves the loss most.
+    r"""CPTQuant's TDMPQ: more bits to layers whose input moves the loss most.
 
     .. math:: \sigma_l = \mathbb{E}\,\frac{|\ell(h_l + \delta) - \ell(h_l - \delta)|}{2\|\delta\|}
               \ \to\ \Big\|\frac{\partial \ell}{\partial h_l}\Big\|
 
-    h_l is a block's input; the limit is that of δ along the gradient. Bits follow from σ as in `cptquant_cca`.
+    h_l is a layer's input; the limit is that of δ along the gradient. Bits follow from σ as in `cptquant_cca`.
 
     Args:
-        bits: the mean; each block has 2, 3, 4, 6 or 8. group: g, columns that share a scale.
+        bits: the mean; each layer has 2, 3, 4, 6 or 8. group: g, columns that share a scale.
         form: `difference` takes random δ, `gradient` the limit, in one backward pass.
         epsilon: the length of δ in units of h's. directions: random δ, a batch.
+        by: what is perturbed and gets bits together: a `block`, or a `linear` layer.
         rule: as of `cptquant_cca`.
 
     Reference: CPTQuant: a novel mixed precision post-training quantization techniques for large language models, 2024,
     arXiv 2412.03599 (card 137).
     """
-    return _cptquant(Taylor(form=form, epsilon=epsilon, directions=directions), bits, group, rule)
+    return _cptquant(Taylor(form=form, epsilon=epsilon, directions=directions, by=by), bits, group, rule)
 
 
 @method(family="quantization", card="138")

@@ -165,6 +165,17 @@ def test_gradients_are_autograds_on_the_embeddings() -> None:
     torch.testing.assert_close(found, given.grad, atol=1e-6, rtol=1e-4)
 
 
+def test_layers_that_share_an_input_have_slopes_of_their_own() -> None:
+    model = tiny().double()
+    linear = units(model, "linear")
+    found = Taylor(form="gradient", by="linear").sensitivity(model, linear, text()[:1])
+    assert len({round(found[f"model.layers.1.self_attn.{n}_proj"], 9) for n in "qkv"}) == 3
+    (unit,) = (u for u in linear if u.name.endswith("1.mlp.up_proj"))
+    (gradient,) = input_gradients(model, [unit.perturbed], text()[0])
+    slope = directional_slope(model, unit.perturbed, text()[0], 1e-4, gradient)
+    assert slope == pytest.approx(found[unit.name], rel=1e-3)
+
+
 def test_random_directions_find_less_than_the_steepest_one_and_stay_fixed() -> None:
     model = tiny()
     steep = Taylor(form="gradient").sensitivity(model, units(model), text())

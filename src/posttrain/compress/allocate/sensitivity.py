@@ -32,6 +32,11 @@ class Layer:
     modules: dict[str, nn.Linear]
 
     @property
+    def perturbed(self) -> nn.Module:
+        """What its input is the input of: the linear layer where it is one, else the block."""
+        return self.modules.get(self.name, self.block)
+
+    @property
     def weights(self) -> int:
         return sum(m.weight.numel() for m in self.modules.values())
 
@@ -188,16 +193,21 @@ def pruned(weight: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Taylor(Score):
-    r"""TDMPQ: how steeply the loss changes with a block's input, `|ℓ(h + δ) - ℓ(h - δ)| / 2|δ|`.
+    r"""TDMPQ: how steeply the loss changes with a layer's input, `|ℓ(h + δ) - ℓ(h - δ)| / 2|δ|`.
 
     form: `difference` takes that for random directions δ, `gradient` its limit in the steepest direction, |∂ℓ/∂h|, in
-    one backward pass. epsilon: |δ| in units of |h|. directions: random ones, a batch.
+    one backward pass. epsilon: |δ| in units of |h|. directions: random ones, a batch. by: `block` or `linear` layer.
     """
 
     form: Form = "difference"
     epsilon: float = 1e-2
     directions: int = 4
+    by: Unit = "block"
     seed: int = 0
+
+    @property
+    def unit(self) -> Unit:
+        return self.by
 
     def sensitivity(self, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch]) -> dict[str, float]:
         looked_at = first_tokens(batches, self.tokens)
@@ -209,14 +219,14 @@ class Taylor(Score):
 
     def _slopes(self, model: nn.Module, layers: Sequence[Layer], batch: Batch) -> list[float]:
         if self.form == "gradient":
-            return [float(g.float().norm()) for g in input_gradients(model, [layer.block for layer in layers], batch)]
+            return [float(g.float().norm()) for g in input_gradients(model, [x.perturbed for x in layers], batch)]
         draw = torch.Generator().manual_seed(self.seed)
         found = []
         for layer in layers:
             slopes = []
             for _ in range(self.directions):
                 seed = int(torch.randint(0, 2**31, (), generator=draw))
-                slopes.append(abs(directional_slope(model, layer.block, batch, self.epsilon, seed)))
+                slopes.append(abs(directional_slope(model, layer.perturbed, batch, self.epsilon, seed)))
             found.append(sum(slopes) / len(slopes))
         return found
 
@@ -252,12 +262,14 @@ def directional_slope(
 
 @torch.enable_grad()
 def input_gradients(model: nn.Module, blocks: Sequence[nn.Module], batch: Batch) -> list[Tensor]:
-    """∂ℓ/∂h of the input h of each block, in one backward pass."""
+    """∂ℓ/∂h of the input h of each block or layer, in one backward pass. Layers that share an input have gradients of
+    their own.
+    """
     inputs: dict[int, Tensor] = {}
 
     def kept(number: int) -> Callable[[Tensor], Tensor]:
         def change(hidden: Tensor) -> Tensor:
-            inputs[number] = hidden if hidden.requires_grad else hidden.detach().requires_grad_(True)
+            inputs[number] = hidden.clone() if hidden.requires_grad else hidden.detach().requires_grad_(True)
             return inputs[number]
 
         return change
