@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 PROVIDERS["lab"] = "posttrain.lab:provide"
-READERS["posttrain"] = "posttrain.compress.files:read"
+READERS["posttrain"] = "posttrain.compress.policy:read"
 
 _WHERE = {
     "PosttrainError": "posttrain.trajectory:PosttrainError",

@@ -53,7 +53,8 @@ def test_a_compression() -> None:
     assert made.solver == methods.gptq(3).solver
     entry = methods.find("My_Own.2")
     assert (entry.kind, entry.stages, entry.branch) == ("compression", (), "4.1q")
-    assert list(entry.parts) == ["transforms", "allocation", "solver", "activations", "calibration", "skip"]
+    expected = ["transforms", "allocation", "solver", "activations", "attention", "calibration", "skip"]
+    assert list(entry.parts) == expected
     assert entry.parts["solver"].startswith("GPTQ(sequential=True, grid=Uniform(bits=3, group=128, ")
     assert entry.parts["transforms"] == entry.parts["allocation"] == entry.parts["activations"] == "none"
     assert entry.parts["calibration"] == "Calibrated(samples=64, length=512)"

@@ -19,6 +19,7 @@ from posttrain.compress.method import Calibrated
 from posttrain.evaluation.perplexity import predict
 from posttrain.models.causal import CausalPolicy
 from posttrain.studies import compare_compressed as module
+from posttrain.studies import compressed_page
 from posttrain.studies.compare_compressed import compare_compressed
 from posttrain.studies.compressed_comparison import (
     Before,
@@ -211,7 +212,7 @@ def test_one_seed_and_one_window(tmp_path: Path) -> None:
     assert single.remarks == ["the text has a single window, from which nothing can be said about other text"]
     assert "inf" in str(single)
     assert json.loads(single.to_json())["methods"][0]["perplexity"]["high"] is None
-    single.write()
+    compressed_page.write(single)
 
 
 def test_the_bootstrap_covers_and_tests_at_its_level() -> None:

@@ -66,6 +66,9 @@ def _record(source: Any, file: Path) -> None:
 
 
 def _child(request: dict[str, Any]) -> None:
+    # torch makes its pool of threads anew after a fork, and where several threads are the first to ask for it (those
+    # that read weights) some of them get none: one asks here
+    torch.set_num_threads(1)
     random.seed()  # as in a fresh process
     np.random.seed()  # noqa: NPY002
     torch.seed()

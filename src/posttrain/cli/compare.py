@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain.cli.inline import inline
+from posttrain.cli.task_option import LAB, task_option
 
 if TYPE_CHECKING:
     from posttrain.cli.train import Given
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from posttrain.methods.registry import Entry
     from posttrain.training.method import Method, Pipeline
 
-LAB = "lab:"
 SUMS = {"reasoning_gym": "chain_sum", "terms": [2, 3], "digits": [1, 2], "train": 2000, "heldout": 200}
 
 
@@ -187,13 +186,7 @@ def _task(text: str | None, model: str) -> Task:
     """The task that was asked for; else a lab model's own, or the demo's."""
     from posttrain.evaluation.tasks import task_from
 
-    if text is not None:
-        return task_from(inline("--task", text))
-    if model.startswith(LAB):
-        from posttrain import lab
-
-        return lab.task(model.removeprefix(LAB).partition("@")[0])
-    return task_from(SUMS)
+    return task_option(text, model) or task_from(SUMS)
 
 
 def _set_for_lab(given: Given) -> None:

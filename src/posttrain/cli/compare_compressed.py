@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from posttrain.cli.task_option import task_option
+
 if TYPE_CHECKING:
     from posttrain.cli.train import Given
     from posttrain.compress.method import Compression
-    from posttrain.evaluation.task import Task
     from posttrain.methods.registry import Entry
 
 WINDOWS, LENGTH = 64, 512  # of calibration text, the same for all methods
@@ -41,7 +42,7 @@ def compare_compressed(
     given = given_settings({"group": group}, overrides)
     much = (WINDOWS if windows is None else windows, LENGTH if length is None else length)
     made = _methods(entries, given, _bits(bits), much)
-    problems = _task(task, model)
+    problems = task_option(task, model)
     source = None if calibration is None else given_text("--calibration", calibration)
     unseen = None if text is None else given_text("--text", text)
     policy = load(model)
@@ -88,18 +89,3 @@ def _methods(
             method = made(entry, own, shared=True)
             found[name] = calibrated(method, *much)
     return found
-
-
-def _task(text: str | None, model: str) -> Task | None:
-    """The task that was asked for, else a lab model's own."""
-    from posttrain.cli.compare import LAB
-    from posttrain.cli.inline import inline
-    from posttrain.evaluation.tasks import task_from
-
-    if text is not None:
-        return task_from(inline("--task", text))
-    if not model.startswith(LAB):
-        return None
-    from posttrain import lab
-
-    return lab.task(model.removeprefix(LAB).partition("@")[0])

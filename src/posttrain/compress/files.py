@@ -24,7 +24,6 @@ from posttrain.compress.packed import inputs as steps
 from posttrain.compress.packed import weight as weights
 from posttrain.compress.packed.linear import PackedLinear, TransformedLinear
 from posttrain.compress.pipeline import LayerSummary, Summary, bits_and_bytes
-from posttrain.compress.policy import CompressedPolicy
 from posttrain.compress.sparse_attention import ChosenTokens, heed
 from posttrain.compress.stacks import replace_module
 from posttrain.training.checkpoint import sync
@@ -133,8 +132,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _summary(policy: CausalPolicy) -> dict[str, Any]:
-    done = policy.compression if isinstance(policy, CompressedPolicy) else None
-    return {} if done is None else asdict(done)
+    done = getattr(policy, "compression", None)
+    return asdict(done) if isinstance(done, Summary) else {}
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -147,12 +146,6 @@ def is_compressed(folder: Path) -> bool:
         return bool((config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD)
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def read(folder: Path, dtype: torch.dtype, device: torch.device, name: str) -> CompressedPolicy:
-    """The policy of a folder that `save` wrote; what its float parts (embeddings, norms) are computed in is `dtype`."""
-    model, tokenizer, done = load_folder(folder, dtype)
-    return CompressedPolicy(model.to(device), tokenizer, name, done)
 
 
 def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, Summary]:
@@ -234,7 +227,8 @@ def _know_all_formats() -> None:
     """Import every module of this package: formats and steps are known once their classes are defined."""
     package = import_module(__name__.rpartition(".")[0])
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        import_module(module.name)
+        if not module.name.rpartition(".")[2].startswith("_"):  # the library of kernels is no Python module
+            import_module(module.name)
 
 
 def _stored(folder: Path) -> dict[str, Tensor]:

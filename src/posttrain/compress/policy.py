@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from posttrain.compress import files
 from posttrain.compress.method import Compression
 from posttrain.compress.pipeline import Progress, Summary, compress_model
 from posttrain.compress.walk import Batch
@@ -39,9 +41,13 @@ class CompressedPolicy(CausalPolicy):
 
     def save(self, folder: str | Path) -> Path:
         """Write the folder that `load` reads; it must be new or empty."""
-        from posttrain.compress.files import save
+        return files.save(self, folder)
 
-        return save(self, folder)
+
+def read(folder: Path, dtype: torch.dtype, device: torch.device, name: str) -> CompressedPolicy:
+    """The policy of a folder that `save` wrote; its float parts (embeddings, norms) are computed in `dtype`."""
+    model, tokenizer, done = files.load_folder(folder, dtype)
+    return CompressedPolicy(model.to(device), tokenizer, name, done)
 
 
 def check_float(policy: CausalPolicy) -> None:

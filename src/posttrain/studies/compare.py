@@ -24,6 +24,7 @@ from posttrain.models.causal import CausalPolicy
 from posttrain.report.curves import rolling_mean
 from posttrain.report.thin import spread
 from posttrain.rollout.engine_choice import engine_for
+from posttrain.studies import compare_page
 from posttrain.studies.budget import Budget
 from posttrain.studies.comparison import FULL, Comparison, Run, judge
 from posttrain.studies.comparison_folder import opened, read_row, slug
@@ -84,7 +85,7 @@ def compare(
             for name, method in methods.items():
                 runs[name].append(jobs.run(name, method, seed))
         found = judge(where, policy.name, task.name, budget, before, runs)
-        found.write()
+        compare_page.write(found)
     return found
 
 

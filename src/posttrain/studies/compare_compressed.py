@@ -25,6 +25,7 @@ from posttrain.evaluation.perplexity import Predictions, predict
 from posttrain.evaluation.task import Task
 from posttrain.models.causal import CausalPolicy
 from posttrain.rollout.engine_choice import engine_for
+from posttrain.studies import compressed_page
 from posttrain.studies.compare import BEFORE
 from posttrain.studies.comparison_folder import opened, read_row, slug
 from posttrain.studies.compressed_comparison import Before, CompressedComparison, Run, judge
@@ -75,7 +76,7 @@ def compare_compressed(
             where, policy.name, texts.measured_on, texts.calibrated_on, task.name if task is not None else None,
             before, runs,
         )  # fmt: skip
-        found.write()
+        compressed_page.write(found)
     return found
 
 

@@ -10,6 +10,7 @@ from posttrain.report import curves, document, results, theme
 from posttrain.studies.comparison import HEADINGS, RULE, Comparison, p_in_words, points
 from posttrain.studies.pictures import together
 from posttrain.studies.study import Curve
+from posttrain.training.checkpoint import write_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -18,6 +19,12 @@ AXES = (("seconds", "minutes"), ("tokens", "tokens"), ("rollouts", "rollouts"), 
 TITLES = {"accuracy": "Held-out accuracy", "reward": curves.TITLES["reward"], "length": curves.TITLES["length"],
           "entropy": curves.TITLES["entropy"]}  # fmt: skip
 SHARES = ("accuracy",)
+
+
+def write(found: Comparison) -> None:
+    """`comparison.json` and `compare.html` in the comparison's folder."""
+    write_text(found.folder / "comparison.json", found.to_json())
+    document.write(found.page, render(found))
 
 
 def render(found: Comparison) -> str:

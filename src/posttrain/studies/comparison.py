@@ -19,7 +19,6 @@ from posttrain.report import document
 from posttrain.studies.budget import Budget
 from posttrain.studies.crossed import Crossed, crossed
 from posttrain.studies.study import Curve
-from posttrain.training.checkpoint import write_text
 
 LEVEL = 0.95
 FULL = 0.95  # the share of a budget that counts as all of it
@@ -164,13 +163,6 @@ class Comparison:
             "sentence": self.sentence, "remarks": self.remarks, "rule": RULE,
         }  # fmt: skip
         return json.dumps(document.finite(whole), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-    def write(self) -> None:
-        """`comparison.json` and `compare.html` in the folder."""
-        from posttrain.studies.compare_page import render
-
-        write_text(self.folder / "comparison.json", self.to_json())
-        document.write(self.page, render(self))
 
 
 HEADINGS = ("method", "held-out accuracy", "difference", "p", "seconds", "tokens", "rollouts")

@@ -19,7 +19,6 @@ from posttrain.evaluation.evaluation import Estimate
 from posttrain.evaluation.statistics import RESAMPLES, holm
 from posttrain.report import document
 from posttrain.studies.comparison import LEVEL, accuracy, p_in_words
-from posttrain.training.checkpoint import write_text
 
 Table = NDArray[np.float64]
 SAME = 1.05  # bits within five percent are about the same
@@ -215,15 +214,6 @@ class CompressedComparison:
             "sentence": self.sentence, "remarks": self.remarks, "rule": RULE,
         }  # fmt: skip
         return json.dumps(document.finite(whole), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-    def write(self) -> None:
-        """`comparison.json`, `compare.html`, and the picture of the Pareto front as `pareto.svg` and `pareto.png`."""
-        from posttrain.studies import compressed_page
-
-        write_text(self.folder / "comparison.json", self.to_json())
-        document.write(self.page, compressed_page.render(self))
-        write_text(self.folder / "pareto.svg", compressed_page.picture(self))
-        (self.folder / "pareto.png").write_bytes(compressed_page.photograph(self))
 
 
 def _be(count: int) -> str:

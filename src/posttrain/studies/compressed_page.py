@@ -11,6 +11,7 @@ from posttrain.report import document, theme
 from posttrain.studies.comparison import p_in_words
 from posttrain.studies.compressed_comparison import RULE, Compressed, CompressedComparison, factor
 from posttrain.studies.pictures import STYLE
+from posttrain.training.checkpoint import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 BITS, PERPLEXITY = "stored bits a weight", "perplexity"
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
 MARKERS = ("o", "s", "D", "^", "X")  # the same in a still picture
+
+
+def write(found: CompressedComparison) -> None:
+    """`comparison.json`, `compare.html`, and the picture of the Pareto front as `pareto.svg` and `pareto.png`."""
+    write_text(found.folder / "comparison.json", found.to_json())
+    document.write(found.page, render(found))
+    write_text(found.folder / "pareto.svg", picture(found))
+    (found.folder / "pareto.png").write_bytes(photograph(found))
 
 
 def render(found: CompressedComparison) -> str:
