@@ -18,9 +18,14 @@ FEW = 16  # rows of inputs up to which the kernels are the faster way
 PANEL = 1 << 20  # values that are made at once
 
 
+def few(inputs: Tensor) -> bool:
+    """Whether the kernels pay for so many rows."""
+    return 0 < inputs.numel() <= FEW * inputs.shape[-1]
+
+
 def few_rows(inputs: Tensor, *weights: Tensor | None) -> bool:
     """Whether there is a kernel for these inputs and it pays."""
-    return 0 < inputs.numel() <= FEW * inputs.shape[-1] and runs_on(inputs, *weights)
+    return few(inputs) and runs_on(inputs, *weights)
 
 
 def by_panels(inputs: Tensor, shape: tuple[int, int], values: Callable[[slice], Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.compress.kernels.library import address, call, check
+from posttrain.compress.kernels.library import address, call, mismatch
 from posttrain.compress.kernels.uniform import ZEROS, Zero, check_codes
 
 
@@ -21,10 +21,8 @@ def code_product(inputs: Tensor, codes: Tensor, bits: int) -> Tensor:
 
 def _sums(inputs: Tensor, codes: Tensor, bits: int, turned: bool) -> Tensor:
     (count, columns), rows = inputs.shape, codes.shape[0]
-    check(
-        codes.shape[1] == (columns * bits + 7) // 8 and inputs.dtype == torch.int8,
-        f"{inputs.dtype} inputs of {columns} columns and codes {list(codes.shape)} of {bits} bits",
-    )
+    if codes.shape[1] != (columns * bits + 7) // 8 or inputs.dtype != torch.int8:
+        raise mismatch(f"{inputs.dtype} inputs of {columns} columns and codes {list(codes.shape)} of {bits} bits")
     out = torch.empty(count, rows, dtype=torch.int32)
     x = inputs.contiguous()
     call(
@@ -44,10 +42,8 @@ def scaled_product(
     """
     (count, columns), (rows, groups) = inputs.shape, scale.shape
     check_codes(columns, codes, scale, bits)
-    check(
-        inputs.dtype == torch.int8 and input_scale.shape == (count,),
-        f"{inputs.dtype} inputs, {list(input_scale.shape)} scales",
-    )
+    if inputs.dtype != torch.int8 or input_scale.shape != (count,):
+        raise mismatch(f"{inputs.dtype} inputs {list(inputs.shape)} with scales {list(input_scale.shape)}")
     out = torch.empty(count, rows)
     x, s = inputs.contiguous(), input_scale.to(torch.float32).contiguous()
     call(

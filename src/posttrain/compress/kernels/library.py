@@ -140,15 +140,15 @@ def call(name: str, *arguments: Any, work: int) -> None:
         raise MemoryError(f"kernel {name}") if failed == 1 else PosttrainError(f"kernel {name} does not do this shape")
 
 
-def check(right: bool, what: str) -> None:
+def mismatch(what: str) -> ValueError:
     """A kernel reads memory without asking: shapes that do not fit together must not reach it."""
-    if not right:
-        raise ValueError(f"a kernel was given {what}")
+    return ValueError(f"a kernel was given {what}")
 
 
 def address(tensor: Tensor | None) -> int | None:
     """Where a contiguous tensor begins."""
     if tensor is None:
         return None
-    check(tensor.is_contiguous(), "a tensor that is not contiguous")
+    if not tensor.is_contiguous():
+        raise mismatch("a tensor that is not contiguous")
     return tensor.data_ptr()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.compress.kernels.library import address, call, check
+from posttrain.compress.kernels.library import address, call, mismatch
 from posttrain.compress.kernels.uniform import ZEROS, Zero
 
 COLUMNS = 512  # of a block
@@ -32,7 +32,8 @@ def to_planes(codes: Tensor, bits: int) -> Tensor:
 def plane_sums(inputs: Tensor, weights: Tensor) -> Tensor:
     """`[count, blocks, q, 8]` by `[rows, blocks, p, 8]` -> `[count, rows]` int64, exact sums of products of codes."""
     count, rows = inputs.shape[0], weights.shape[0]
-    check(inputs.shape[1] == weights.shape[1], f"planes {list(inputs.shape)} and {list(weights.shape)}")
+    if inputs.shape[1] != weights.shape[1]:
+        raise mismatch(f"planes {list(inputs.shape)} and {list(weights.shape)}")
     out = torch.empty(count, rows, dtype=torch.int64)
     columns = weights.shape[1] * COLUMNS
     call(
@@ -55,11 +56,10 @@ def plane_product(
     count, rows, groups = inputs.shape[0], weights.shape[0], scale.shape[1]
     if groups > 1 and columns // groups % WORD:
         raise ValueError(f"groups of {columns // groups} columns; bit planes need multiples of {WORD}, or one group")
-    check(
-        inputs.shape[1] == weights.shape[1] == -(-columns // COLUMNS)
-        and scale.shape[0] == rows and input_sums.shape == (count, groups) and columns % groups == 0,
-        f"planes {list(inputs.shape)} and {list(weights.shape)} of {columns} columns, scales {list(scale.shape)}",
-    )  # fmt: skip
+    planes = inputs.shape[1] == weights.shape[1] == -(-columns // COLUMNS)
+    if not planes or scale.shape[0] != rows or input_sums.shape != (count, groups) or columns % groups:
+        shapes = [list(t.shape) for t in (inputs, weights, scale, input_sums)]
+        raise mismatch(f"planes, planes, scales and sums {shapes} of {columns} columns")
     out = torch.empty(count, rows)
     sums, scales = input_sums.to(torch.float32).contiguous(), input_scale.to(torch.float32).contiguous()
     call(

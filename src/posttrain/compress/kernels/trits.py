@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.compress.kernels.library import DTYPES, address, call, check
+from posttrain.compress.kernels.library import DTYPES, address, call, mismatch
 from posttrain.compress.kernels.uniform import rows_of
 
 
@@ -16,10 +16,8 @@ def ternary_product(inputs: Tensor, trits: Tensor, scale: Tensor) -> Tensor:
     """
     planes, rows, groups = scale.shape
     columns = inputs.shape[-1]
-    check(
-        trits.shape == (planes, rows, -(-columns // 5)) and columns % groups == 0,
-        f"inputs of {columns} columns, trits {list(trits.shape)} and scales {list(scale.shape)}",
-    )
+    if trits.shape != (planes, rows, -(-columns // 5)) or columns % groups:
+        raise mismatch(f"inputs of {columns} columns, trits {list(trits.shape)} and scales {list(scale.shape)}")
     x = rows_of(inputs)
     out = torch.empty(x.shape[0], rows, dtype=x.dtype)
     call(

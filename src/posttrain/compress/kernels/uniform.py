@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.compress.kernels.library import DTYPES, address, call, check
+from posttrain.compress.kernels.library import DTYPES, address, call, mismatch
 
 Zero = Literal["none", "integer", "float"]
 ZEROS: dict[str, int] = {"none": 0, "integer": 1, "float": 2}
@@ -53,15 +53,13 @@ def uniform_values(
 
 def check_codes(columns: int, codes: Tensor, scale: Tensor, bits: int, ordered: bool = False) -> None:
     """Whether codes and scales are those of a matrix of so many columns."""
-    (rows, width), groups = codes.shape, scale.shape[1]
-    right = 1 <= bits <= 8 and rows == scale.shape[0] and width == (columns * bits + 7) // 8
-    check(
-        right and (ordered or columns % groups == 0),
-        f"inputs of {columns} columns, codes {list(codes.shape)} of {bits} bits and scales {list(scale.shape)}",
-    )
+    (rows, width), (other, groups) = codes.shape, scale.shape
+    right = rows == other and width == (columns * bits + 7) // 8 and 1 <= bits <= 8
+    if not right or (columns % groups and not ordered):
+        raise mismatch(f"inputs of {columns} columns, codes {[rows, width]} of {bits} bits, scales {[other, groups]}")
 
 
 def rows_of(inputs: Tensor) -> Tensor:
     """`[..., in]` as `[count, in]` whose rows are contiguous."""
-    x = inputs.detach().reshape(-1, inputs.shape[-1])
+    x = inputs if inputs.dim() == 2 else inputs.reshape(-1, inputs.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

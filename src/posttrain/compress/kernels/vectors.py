@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from posttrain.compress.kernels.library import address, call, check
+from posttrain.compress.kernels.library import address, call, mismatch
 from posttrain.trajectory import PosttrainError
 
 LONGEST = 16  # weights of a vector
@@ -26,10 +26,8 @@ def vector_product(
     first = (centroids.shape[0] - 1).bit_length()
     rest = 0 if residual is None else (residual.shape[0] - 1).bit_length()
     width = sum((columns * min(8, first + rest - low) + 7) // 8 for low in range(0, first + rest, 8))
-    check(
-        codes.shape == (-(-rows // length), width) and first + rest <= 24,
-        f"inputs of {columns} columns, {rows} rows and indices {list(codes.shape)} of {first} + {rest} bits",
-    )
+    if codes.shape != (-(-rows // length), width) or first + rest > 24:
+        raise mismatch(f"{columns} columns, {rows} rows and indices {list(codes.shape)} of {first} + {rest} bits")
     x = inputs.contiguous()
     if out is None:
         out = torch.zeros(count, rows)

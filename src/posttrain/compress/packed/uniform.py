@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from posttrain.compress.kernels.dispatch import by_panels, few_rows
+from posttrain.compress.kernels.dispatch import by_panels, few
 from posttrain.compress.kernels.library import runs_on, there_for
 from posttrain.compress.kernels.uniform import uniform_product, uniform_values
 from posttrain.compress.packed.bits import pack, packed_width, unpack
@@ -90,7 +90,7 @@ class UniformWeight(PackedWeight):
     def product(self, inputs: Tensor) -> Tensor:
         if not runs_on(inputs, self.codes):
             return super().product(inputs)
-        if few_rows(inputs):
+        if few(inputs):
             return uniform_product(inputs, self.codes, self.scale, self.zero, self.bits, self.kind, self.group_of)
         return by_panels(inputs, self.shape, lambda rows: self._values(inputs.dtype, rows))
 

@@ -20,12 +20,14 @@ INLINE Words load_block(const uint8_t *from, int64_t last, int bits, int codes) 
         memcpy(copy, from, (size_t)last);
         from = copy;
     }
-    if (8 % bits == 0) {
-        for (int l = 0; l < 8; l++) lane[l] = word_at(from + 4 * l);
-    } else {
-        for (int l = 0; l < 8; l++) lane[l] = word_at(from + (l * codes * bits >> 3)) >> (l * codes * bits & 7);
-    }
     Words block;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    if (8 % bits == 0) {
+        memcpy(&block, from, 32);
+        return block;
+    }
+#endif
+    for (int l = 0; l < 8; l++) lane[l] = word_at(from + (l * codes * bits >> 3)) >> (l * codes * bits & 7);
     memcpy(&block, lane, 32);
     return block;
 }
