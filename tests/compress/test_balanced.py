@@ -116,7 +116,7 @@ def test_with_all_beams_it_is_the_best_of_all_sequences() -> None:
         (found,) = SelfBalanced(temperature=temperature, beams=64).write(model, 1, 3, draw())
         first = int(found[0])
         every = torch.cartesian_prod(torch.tensor([first]), torch.arange(64), torch.arange(64))
-        cost = -likelihood(model, every) / 3 + uneven(model, every) / temperature
+        cost = -likelihood(model, every) / 3 + math.sqrt(4) * uneven(model, every) / temperature
         own = cost[int(found[1]) * 64 + int(found[2])]
         assert float(own) <= float(cost.min()) + 1e-5
 

@@ -25,8 +25,9 @@ class SelfBalanced(Calibrated):
 
         minimise  -(log P(y) + log P(v | y))/(j + 1) + σ(y)/τ
 
-    for the continuation of a prefix y of j tokens by v. σ is the standard deviation over experts of the share of the
-    prefix's routed tokens that go to each, averaged over the layers; it is 0 if and only if all are used alike.
+    for the continuation of a prefix y of j tokens by v. σ is the standard deviation over the E experts of the share of
+    the prefix's routed tokens that go to each, times √E as in the authors' pseudo-code, averaged over the layers; it is
+    0 if and only if all are used alike.
     First tokens are drawn evenly from the vocabulary. A model without experts is calibrated on the given text.
 
     temperature: τ; large is a likelihood beam, small is balance alone. beams: prefixes that a sequence keeps.
@@ -74,15 +75,20 @@ class SelfBalanced(Calibrated):
                 cache, beams = out.past_key_values, likelihood.shape[1]
                 used = take(rows * beams)
                 counts = used if counts is None else counts + used
-                uneven = imbalance(counts).view(rows, beams)
+                uneven = self.spread(counts).view(rows, beams)
                 parent, token, likelihood = self._continued(out.logits[:, -1], likelihood, uneven, ids.shape[1])
                 place = (torch.arange(rows, device=ids.device)[:, None] * beams + parent).flatten()
                 ids = torch.cat([ids[place], token.reshape(-1, 1)], 1)
                 counts = counts[place]
                 cache.reorder_cache(place)
-        cost = self._cost(likelihood, imbalance(counts).view(rows, -1), length) if counts is not None else likelihood
+        cost = self._cost(likelihood, self.spread(counts).view(rows, -1), length) if counts is not None else likelihood
         best = cost.argmin(1)
         return ids.view(rows, -1, ids.shape[1])[torch.arange(rows, device=ids.device), best]
+
+    @staticmethod
+    def spread(counts: Tensor) -> Tensor:
+        """σ of `[rows, layers, experts]` counts, `[rows]`."""
+        return imbalance(counts) * counts.shape[-1] ** 0.5
 
     def _continued(
         self, logits: Tensor, likelihood: Tensor, uneven: Tensor, length: int

@@ -89,15 +89,14 @@ class Experts(nn.Module):
         assert isinstance(expert, Expert)
         self.now = sent
         try:
-            up = expert.up_proj(hidden)
-            joined = self._activated(up) if expert.gate_proj is None else self._gated(expert.gate_proj(hidden), up)
+            if expert.gate_proj is None:
+                joined = self.rule.act_fn(expert.up_proj(hidden))  # type: ignore[operator]
+            else:
+                joined = self._gated(expert.gate_proj(hidden), expert.up_proj(hidden))
             out = expert.down_proj(joined)
         finally:
             self.now = None
         return self.rule.post_expert_norm(out) if getattr(self.rule, "has_post_expert_norm", False) else out  # type: ignore[operator]
-
-    def _activated(self, up: Tensor) -> Tensor:
-        return self.rule.act_fn(up)  # type: ignore[operator]
 
     def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
         if not hasattr(self.rule, "_apply_gate"):

@@ -129,7 +129,7 @@ class Block:
         collect(list(heads))
         with shown_all(self.module, [n for n in heads if made[n].count == 0]) as unreached:
             if unreached:
-                told = ", ".join(f"{self.name}.{n}" for n in unreached)
+                told = ", ".join(f"{self.name}.{n}" for head in unreached for n in heads[head])
                 warnings.warn(f"no calibration token reached {told}; calibrated on all tokens instead", stacklevel=2)
                 collect(unreached)
         return {name: made[head] for head, stage in heads.items() for name in stage}

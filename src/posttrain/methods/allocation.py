@@ -223,9 +223,10 @@ def moequant(
               \min_{y}\ -\frac{\log P(y)}{|y|} + \frac{\sigma(y)}{\tau}
 
     The model writes its own calibration text by a beam search that weighs likelihood against the imbalance σ of expert
-    usage, as much of it as the text that is given; its first tokens are drawn evenly. GPTQ then rounds each expert with
-    tokens weighted by their gate c_e. Routers stay float. An expert that no token reaches is calibrated on all tokens
-    of its layer, and a warning names it. In a dense model this is GPTQ on the given text.
+    usage (σ² is E/(E-1) times the squared deviations of the E experts' shares), as much of it as the text that is
+    given; its first tokens are drawn evenly. GPTQ then rounds each expert with tokens weighted by their gate c_e.
+    Routers stay float. An expert that no token reaches is calibrated on all tokens of its layer, and a warning names
+    it. In a dense model this is GPTQ on the given text.
 
     Args:
         bits: b. group: g, columns of a row that share a scale; 0 for the whole row.
