@@ -65,25 +65,26 @@ INLINE void lane_rows(const Product *p, int64_t begin, int64_t end, int64_t firs
         Floats total[TILE];
         for (int m = 0; m < tile; m++) total[m] = (Floats){0};
         for (int64_t b = 0; b < p->blocks;) {
-            Floats sum[TILE];
-            for (int m = 0; m < tile; m++) sum[m] = (Floats){0};
+            Floats sum[TILE][2];  // a single one would have to wait for itself
+            for (int m = 0; m < tile; m++) sum[m][0] = sum[m][1] = (Floats){0};
             const int64_t from = b, to = b + a_group;
             for (; b < to; b++, at += p->block_bytes) {
                 const Words block = load_block(at, b == p->blocks - 1 ? p->last_bytes : 0, bits, codes) ^ turn;
                 const float *x = inputs + b * p->block;
-                for (int j = 0; j < codes; j++) {
-                    const Floats w = value(block, j, bits, c->table);
-                    for (int m = 0; m < tile; m++) {
-                        Floats with;
-                        memcpy(&with, x + m * p->width + j * 8, 32);
-                        sum[m] += w * with;
+                for (int j = 0; j < codes; j += 2)
+                    for (int i = 0; i < 2; i++) {
+                        const Floats w = value(block, j + i, bits, c->table);
+                        for (int m = 0; m < tile; m++) {
+                            Floats with;
+                            memcpy(&with, x + m * p->width + (j + i) * 8, 32);
+                            sum[m][i] += w * with;
+                        }
                     }
-                }
             }
             Floats scale = scale_at(c, row, p->one_group ? from / a_group : 0) - (Floats){0};
             for (int l = 0; l < 8 && !p->one_group; l++)
                 scale[l] = scale_at(c, row, p->first_group[from] + p->lane_group[from * LANES_ANY + l]);
-            for (int m = 0; m < tile; m++) total[m] += scale * sum[m];
+            for (int m = 0; m < tile; m++) total[m] += scale * (sum[m][0] + sum[m][1]);
         }
         for (int m = 0; m < tile; m++) {
             float y = total_of(total[m]);
