@@ -19,7 +19,7 @@ from posttrain.compress.walk import Batch
 from posttrain.trajectory import PosttrainError
 
 Rule = Literal["budget", "tiers"]
-LEAST = 1e-3  # of the largest sensitivity: what a layer counts for at least
+LEAST = 0.05  # of the largest sensitivity: what a layer counts for at least, since a measured 0 may be chance
 
 
 @dataclass(frozen=True)
