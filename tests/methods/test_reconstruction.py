@@ -36,10 +36,11 @@ def alike(one: nn.Module, other: nn.Module) -> bool:
 
 @pytest.mark.limit("adaround", "brecq")
 def test_learned_rounding_without_a_step_is_rounding_to_nearest() -> None:
-    wanted = made(methods.rtn(**GRID, clip="mse"))
-    assert alike(made(methods.adaround(**GRID, steps=0)), wanted)
-    assert alike(made(methods.brecq(**GRID, epochs=0)), wanted)
-    assert not alike(made(methods.adaround(**GRID, steps=50)), wanted)
+    one = {"num_hidden_layers": 1}
+    wanted = made(methods.rtn(**GRID, clip="mse"), **one)
+    assert alike(made(methods.adaround(**GRID, steps=0), **one), wanted)
+    assert alike(made(methods.brecq(**GRID, epochs=0), **one), wanted)
+    assert not alike(made(methods.adaround(**GRID, steps=20, rate=0.5), **one), wanted)
 
 
 @pytest.mark.limit("omniquant")
@@ -63,9 +64,10 @@ def test_untrained_steps_are_twice_the_mean_size_over_the_root_of_the_highest_le
 @pytest.mark.limit("cbq")
 def test_without_training_and_outliers_cross_block_is_rounding_to_nearest() -> None:
     plain = {"truncate": False, "scale": False, "epochs": 0}
+    wanted = made(methods.rtn(**GRID, clip="mse"))
     for window, overlap in ((1, 0), (2, 1)):
         method = methods.cbq(**GRID, window=window, overlap=overlap, **plain)  # type: ignore[arg-type]
-        assert alike(made(method), made(methods.rtn(**GRID, clip="mse")))
+        assert alike(made(method), wanted)
     assert isinstance(methods.cbq().transforms[0], OutlierScaling)
 
 
