@@ -9,7 +9,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError
+from setuptools.errors import CompileError, LinkError
 
 NATIVE = Path("src/posttrain/compress/kernels/native")
 # sums are to be rounded as they are written: no multiplication is fused with an addition unless it says so
@@ -23,7 +23,7 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             super().build_extension(ext)
-        except BaseError:
+        except (CompileError, LinkError):
             ext.extra_compile_args, ext.extra_link_args = FLAGS, []
             super().build_extension(ext)
 

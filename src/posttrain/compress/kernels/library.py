@@ -52,11 +52,11 @@ def library() -> ctypes.CDLL | None:
     for path in sorted(Path(__file__).parent.glob("_native*.so")):
         try:
             found = ctypes.CDLL(str(path))
-        except OSError:
+            for name, signature in _SIGNATURES.items():
+                function = getattr(found, f"posttrain_{name}")
+                function.argtypes = (*signature, _I) if name in _SERIAL else (*signature, _I, _I)
+        except (OSError, AttributeError):  # of another machine, or of another version
             continue
-        for name, signature in _SIGNATURES.items():
-            function = getattr(found, f"posttrain_{name}")
-            function.argtypes = (*signature, _I) if name in _SERIAL else (*signature, _I, _I)
         return found
     return None
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posttrain.compress.kernels.dispatch import few_rows
-from posttrain.compress.kernels.table import table_product
+from posttrain.compress.kernels.dispatch import by_panels, few
+from posttrain.compress.kernels.library import runs_on
+from posttrain.compress.kernels.table import table_product, table_values
 from posttrain.compress.packed.bits import pack, packed_width, unpack
 from posttrain.compress.packed.scales import Kind, Scales
 from posttrain.compress.packed.weight import PackedWeight
@@ -78,9 +79,15 @@ class TableWeight(PackedWeight):
         return torch.tensor(BOOKS[self.book or ""], device=self.codes.device)
 
     def product(self, inputs: Tensor) -> Tensor:
-        if not few_rows(inputs, self.codes):
+        if not runs_on(inputs, self.codes):
             return super().product(inputs)
-        return table_product(inputs, self.codes, self.levels(), self.scales.for_kernel(), self.bits)
+        levels, scales = self.levels(), self.scales.for_kernel()
+        if few(inputs):
+            return table_product(inputs, self.codes, levels, scales, self.bits)
+        columns, dtype = self.shape[1], inputs.dtype
+        return by_panels(
+            inputs, self.shape, lambda rows: table_values(columns, self.codes, levels, scales, self.bits, dtype, rows)
+        )
 
     def dequantize(self) -> Tensor:
         found = looked_up(self.codes, self.bits, self.shape[1], self.levels())
