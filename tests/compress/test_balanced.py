@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from posttrain.compress.balanced import SelfBalanced, balance, imbalance, usage
+from posttrain.compress.balanced import SelfBalanced, balance, imbalance, usage, writable
 from posttrain.compress.experts import unfuse
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.method import Compression
 from posttrain.compress.pipeline import compress_model
 from posttrain.compress.solvers.rtn import RoundToNearest
 from posttrain.trajectory import PosttrainError
-from tiny_models import make_policy, random_tokens
+from tiny_models import SHAPE, make_policy, random_tokens
 
 
 def mixture(name: str = "mixtral", skew: float = 0.0) -> nn.Module:
@@ -86,10 +86,16 @@ def test_usage_counts_what_the_routers_chose_row_by_row() -> None:
 
 
 @torch.no_grad()
+def chances(model: nn.Module, ids: Tensor) -> Tensor:
+    """`[rows, length, vocabulary]` log-probabilities of what may be written: no token that begins or ends a text."""
+    logits = model(input_ids=ids, use_cache=False).logits
+    logits[..., [SHAPE["bos_token_id"], SHAPE["eos_token_id"]]] = -torch.inf
+    return logits.log_softmax(-1)
+
+
 def likelihood(model: nn.Module, ids: Tensor) -> Tensor:
     """`[rows]` log-probability of all tokens but the first."""
-    logits = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-    return logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].sum(1)
+    return chances(model, ids)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].sum(1)
 
 
 @torch.no_grad()
@@ -105,20 +111,29 @@ def test_with_all_the_weight_on_likelihood_and_one_beam_it_is_greedy() -> None:
     ids = SelfBalanced(temperature=1e9, beams=1).write(model, 3, 8, draw())
     now = ids[:, :1]
     for _ in range(7):
-        now = torch.cat([now, model(input_ids=now, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+        now = torch.cat([now, chances(model, now)[:, -1].argmax(-1, keepdim=True)], 1)
     assert torch.equal(ids, now)
 
 
 def test_with_all_beams_it_is_the_best_of_all_sequences() -> None:
-    # 64 beams of 64 tokens keep every prefix of two tokens, so the third is chosen among all
+    # as many beams as there are tokens keep every prefix of two tokens, so the third is chosen among all
     model = mixture(skew=1.0)
+    tokens = writable(model)
+    assert len(tokens) == 62
     for temperature in (1e9, 0.02):
-        (found,) = SelfBalanced(temperature=temperature, beams=64).write(model, 1, 3, draw())
-        first = int(found[0])
-        every = torch.cartesian_prod(torch.tensor([first]), torch.arange(64), torch.arange(64))
+        found = SelfBalanced(temperature=temperature, beams=62).write(model, 1, 3, draw())
+        every = torch.cartesian_prod(found[0, :1], tokens, tokens)
         cost = -likelihood(model, every) / 3 + math.sqrt(4) * uneven(model, every) / temperature
-        own = cost[int(found[1]) * 64 + int(found[2])]
-        assert float(own) <= float(cost.min()) + 1e-5
+        assert float(cost[(every == found).all(1)]) <= float(cost.min()) + 1e-5
+
+
+def test_what_begins_or_ends_a_text_is_never_written() -> None:
+    model = mixture()
+    assert SHAPE["eos_token_id"] not in writable(model)
+    with torch.no_grad():  # the end is what the model finds likeliest
+        model.lm_head.weight[SHAPE["eos_token_id"]] = 10 * model.model.norm.weight
+    ids = SelfBalanced().write(model, 8, 12, draw())
+    assert not torch.isin(ids, torch.tensor([SHAPE["bos_token_id"], SHAPE["eos_token_id"]])).any()
 
 
 def test_balance_is_bought_with_likelihood() -> None:

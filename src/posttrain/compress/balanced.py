@@ -28,7 +28,8 @@ class SelfBalanced(Calibrated):
     for the continuation of a prefix y of j tokens by v. σ is the standard deviation over the E experts of the share of
     the prefix's routed tokens that go to each, times √E as in the authors' pseudo-code, averaged over the layers; it is
     0 if and only if all are used alike.
-    First tokens are drawn evenly from the vocabulary. A model without experts is calibrated on the given text.
+    First tokens are drawn evenly from the vocabulary; tokens that begin, end or pad a text are never written, since
+    what would follow them means nothing to the model. A model without experts is calibrated on the given text.
 
     temperature: τ; large is a likelihood beam, small is balance alone. beams: prefixes that a sequence keeps.
     rows: sequences that are written together.
@@ -64,8 +65,10 @@ class SelfBalanced(Calibrated):
     @torch.no_grad()
     def write(self, model: Any, rows: int, length: int, draw: torch.Generator) -> Tensor:
         """`[rows, length]` int64 tokens."""
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        ids = torch.randint(0, vocabulary, (rows, 1), generator=draw).to(model.device)
+        written = writable(model)
+        ids = written[torch.randint(0, len(written), (rows, 1), generator=draw)].to(model.device)
+        barred = torch.ones(int(model.config.get_text_config().vocab_size), dtype=torch.bool, device=model.device)
+        barred[written.to(model.device)] = False
         counts: Tensor | None = None
         likelihood = torch.zeros(rows, 1, device=model.device)  # of each beam
         with usage(model) as take:
@@ -76,7 +79,8 @@ class SelfBalanced(Calibrated):
                 used = take(rows * beams)
                 counts = used if counts is None else counts + used
                 uneven = self.spread(counts).view(rows, beams)
-                parent, token, likelihood = self._continued(out.logits[:, -1], likelihood, uneven, ids.shape[1])
+                logits = out.logits[:, -1].float().masked_fill(barred, -torch.inf)
+                parent, token, likelihood = self._continued(logits, likelihood, uneven, ids.shape[1])
                 place = (torch.arange(rows, device=ids.device)[:, None] * beams + parent).flatten()
                 ids = torch.cat([ids[place], token.reshape(-1, 1)], 1)
                 counts = counts[place]
@@ -95,7 +99,7 @@ class SelfBalanced(Calibrated):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The best continuations: `[rows, beams]` each their prefix, their token and their log-likelihood."""
         rows, beams = likelihood.shape
-        chance, token = torch.log_softmax(logits.float(), -1).topk(min(TOP, logits.shape[-1]), -1)
+        chance, token = torch.log_softmax(logits, -1).topk(min(TOP, logits.shape[-1]), -1)
         both = likelihood[:, :, None] + chance.view(rows, beams, -1)
         cost = self._cost(both, uneven[:, :, None], length + 1).flatten(1)
         best = cost.topk(min(self.beams, cost.shape[1]), 1, largest=False).indices
@@ -104,6 +108,15 @@ class SelfBalanced(Calibrated):
 
     def _cost(self, likelihood: Tensor, uneven: Tensor, length: int) -> Tensor:
         return -likelihood / length + uneven / self.temperature
+
+
+def writable(model: Any) -> Tensor:
+    """The tokens of a model's vocabulary that do not begin, end or pad a text, ascending."""
+    config, special = model.config.get_text_config(), set()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found = getattr(config, name, None)
+        special |= set(found) if isinstance(found, list | tuple) else {found}
+    return torch.tensor([token for token in range(int(config.vocab_size)) if token not in special])
 
 
 def imbalance(counts: Tensor) -> Tensor:

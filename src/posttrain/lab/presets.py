@@ -96,6 +96,8 @@ MIXED = ModelSpec(
     schedule="linear",
 )
 
+MIXED_MOE = dataclasses.replace(MIXED, name="mixed-moe", experts=8)  # nothing makes it use its experts alike
+
 PRESETS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
@@ -115,5 +117,6 @@ PRESETS: dict[str, ModelSpec] = {
         TWO_STYLES,
         FOREIGN_STYLE,
         MIXED,
+        MIXED_MOE,
     )
 }

@@ -29,9 +29,9 @@ from posttrain.compress.solvers.rtn import RoundToNearest
 from posttrain.compress.solvers.slim import SliM
 from posttrain.compress.stacks import stacks
 from posttrain.compress.walk import Batch
-from posttrain.evaluation.perplexity import predict
 from posttrain.lab import text
-from posttrain.lab.presets import MIXED, MOE
+from posttrain.lab.models import Share, World
+from posttrain.lab.presets import MIXED, MIXED_MOE
 from posttrain.models.causal import CausalPolicy
 from posttrain.studies.compression import Extra, compressed
 from posttrain.studies.registry import study
@@ -238,17 +238,16 @@ def q_vlm() -> Study:
 
 # -- experts ---------------------------------------------------------------------------------------------------------
 
-EASY = dataclasses.replace(MOE, corpus=MOE.corpus[:1])
-HARD = dataclasses.replace(MOE, corpus=MOE.corpus[-1:])
+SUMS = dataclasses.replace(MIXED_MOE, corpus=(Share(World("arithmetic", {"style": "worked"})),))
 BITS = 2
 
 
 @dataclass(frozen=True)
-class OneDomain(Calibrated):
-    """Text of the commonest domain alone, as much as was given."""
+class OneSubject(Calibrated):
+    """As many problems of a single subject as pages were given."""
 
     def chosen(self, model: nn.Module, given: Sequence[Batch], seed: int) -> Sequence[Batch]:
-        return whole_sequences(text.fresh(EASY, sum(len(b["input_ids"]) for b in given), seed))
+        return whole_sequences(text.fresh(SUMS, sum(len(b["input_ids"]) for b in given), seed))
 
 
 LIKELY = SelfBalanced(128, temperature=1e9)
@@ -256,71 +255,70 @@ BALANCED = SelfBalanced(128)
 
 
 @torch.no_grad()
-def _figures(small: CompressedPolicy, policy: CausalPolicy, calibration: Calibrated) -> dict[str, float]:
-    """`kl/hard`: the divergence on the rarest domain. `imbalance`: of the float model's experts on calibration text."""
+def _imbalance(policy: CausalPolicy, calibration: Calibrated) -> dict[str, float]:
+    """`imbalance`: of the float model's experts, on calibration text as the arm has it."""
     model = copy.deepcopy(policy.base)
     unfuse(model)
-    given = whole_sequences(text.fresh(MOE, 64, 10_001))
-    divergence = predict(small, text.heldout(HARD, 100), of=policy).divergence
-    return {"kl/hard": divergence, "imbalance": balance(model, calibration.chosen(model, given, 0))}
+    given = whole_sequences(text.fresh(MIXED_MOE, 64, 10_001))
+    return {"imbalance": balance(model, calibration.chosen(model, given, 0))}
 
 
-def on_text(small: CompressedPolicy, policy: CausalPolicy) -> dict[str, float]:
-    return _figures(small, policy, Calibrated())
+def on_pages(small: CompressedPolicy, policy: CausalPolicy) -> dict[str, float]:
+    return _imbalance(policy, Calibrated())
 
 
-def on_easy_text(small: CompressedPolicy, policy: CausalPolicy) -> dict[str, float]:
-    return _figures(small, policy, OneDomain())
+def on_one_subject(small: CompressedPolicy, policy: CausalPolicy) -> dict[str, float]:
+    return _imbalance(policy, OneSubject())
 
 
 def on_likely_text(small: CompressedPolicy, policy: CausalPolicy) -> dict[str, float]:
-    return _figures(small, policy, LIKELY)
+    return _imbalance(policy, LIKELY)
 
 
 def on_balanced_text(small: CompressedPolicy, policy: CausalPolicy) -> dict[str, float]:
-    return _figures(small, policy, BALANCED)
+    return _imbalance(policy, BALANCED)
 
 
 @study(method="moequant", card="149")
 def moequant() -> Study:
     """Text that uses experts alike, on which tokens count by their gate, should lose less than GPTQ on ordinary text.
 
-    The lab's mixture of eight experts, two active, trained on sums of three difficulties in unequal shares without any
-    term that balances its experts; two bits a weight in groups of 32. Text: the mixture itself, its easy part alone
-    (text that is not what the model will meet), what the model finds likely, and what it writes by balance; each with
-    tokens counted alike, the mixture and the balanced text with affinities too. The lab's sequences are of a dozen
-    tokens, so the model's own text is longer than its problems, as the paper's 512 tokens are not: an even beam has
-    less room to degenerate. Measured over all and on the rarest difficulty.
+    A lab mixture of eight experts, two active, that reads pages of four subjects, trained without any term that
+    balances its experts; two bits a weight in groups of 32. Text: pages as it was trained on, problems of one subject
+    alone (text that is not what the model will meet), what the model finds likely, and what it writes by balance; each
+    with tokens counted alike, pages and balanced text with affinities too. That the pages are the very text that is
+    measured on favours them, more than any text can be favoured with a model from elsewhere; one subject is what the
+    paper's WikiText is to such a model.
 
-    Rule, fixed before the run: the balanced text's imbalance is below that of the model's likely text and of the
-    mixture; the divergence with it is below that with the easy part and with likely text; MoEQuant's is below GPTQ's on
-    the mixture, also on the rarest difficulty; affinities lower it on the mixture.
+    Rule, fixed before the run: the balanced text's imbalance is below that of the likely text and of one subject; the
+    divergence with it is below that with one subject and with likely text; MoEQuant's is below GPTQ's on one subject,
+    and within 0.1 nats of GPTQ's on the pages; affinities lower it on the pages.
     """
 
     def arm(extra: Extra, affinity: bool, calibration: Calibrated | None = None) -> Arm:
         made = methods.moequant(BITS, 32, zero="integer", affinity=affinity, balanced=False)
         made = made if calibration is None else made.replace(calibration=calibration)
-        return compressed(made, model="moe", extra=extra, depends=(_figures,))
+        return compressed(made, model="mixed-moe", extra=extra, depends=(_imbalance,))
 
     return Study(
         claim="Calibrated on its own text that uses experts alike, weighed by affinity, a mixture loses less than by "
-        "GPTQ on ordinary text, most on what is rare.",
-        setting="lab model moe (8 experts, 2 active), 128 problems of calibration, 2 bits in groups of 32; 3 models.",
+        "GPTQ on text of one kind, and about as much as on the text it was trained on.",
+        setting="lab model mixed-moe (8 experts, 2 active), 128 pages of calibration, 2 bits in groups of 32; 3 models.",
         arms={
-            "easy text": arm(on_easy_text, False, OneDomain()),
+            "one subject": arm(on_one_subject, False, OneSubject()),
             "likely text": arm(on_likely_text, False, LIKELY),
-            "gptq": arm(on_text, False),
-            "gptq, affinity": arm(on_text, True),
+            "gptq": arm(on_pages, False),
+            "gptq, affinity": arm(on_pages, True),
             "balanced": arm(on_balanced_text, False, BALANCED),
             "moequant": arm(on_balanced_text, True, BALANCED),
         },
         expectations=(
-            Lower("moequant", than="gptq", metric="kl", why="rare experts are calibrated too"),
-            Lower("moequant", than="gptq", metric="kl/hard", why="they are who solves rare problems"),
-            Lower("balanced", than="easy text", metric="kl", why="easy text leaves experts without tokens"),
-            Lower("balanced", than="likely text", metric="kl", why="likely text alone goes to few experts"),
-            Lower("balanced", than="gptq", metric="imbalance", why="that is what the beam is scored by"),
+            Lower("balanced", than="one subject", metric="imbalance", why="that is what the beam is scored by"),
             Lower("balanced", than="likely text", metric="imbalance", why="that is what the beam is scored by"),
+            Lower("balanced", than="one subject", metric="kl", why="one subject leaves experts without tokens"),
+            Lower("balanced", than="likely text", metric="kl", why="likely text alone goes to few experts"),
+            Lower("moequant", than="one subject", metric="kl", why="rare experts are calibrated too"),
+            Within("moequant", of="gptq", metric="kl", tolerance=0.1, why="without having seen the text"),
             Lower("gptq, affinity", than="gptq", metric="kl", why="a token counts as much as its gate"),
         ),
     )
