@@ -303,7 +303,7 @@ def moequant() -> Study:
     return Study(
         claim="Calibrated on its own text that uses experts alike, weighed by affinity, a mixture loses less than by "
         "GPTQ on text of one kind, and about as much as on the text it was trained on.",
-        setting="lab model mixed-moe (8 experts, 2 active), 128 pages of calibration, 2 bits in groups of 32; 3 models.",
+        setting="lab model mixed-moe (8 experts, 2 active), 128 pages of calibration, 2 bits in groups of 32.",
         arms={
             "one subject": arm(on_one_subject, False, OneSubject()),
             "likely text": arm(on_likely_text, False, LIKELY),
