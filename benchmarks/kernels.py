@@ -8,6 +8,7 @@ decode.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -86,58 +88,40 @@ def contenders(streamed: int) -> Iterator[Contender]:
     x = torch.randn(1, SIZE)
     half, bytes_, scale = x.to(torch.bfloat16), torch.randint(-128, 128, (1, SIZE), dtype=torch.int8), torch.ones(1)
 
-    def of(name: str, make: Callable[[], tuple[Call, Sequence[Tensor]]]) -> Contender:
-        call, tensors = make()
+    def of(name: str, weight: Any, call: Callable[[Any], object]) -> Contender:
+        tensors = list(weight.buffers()) if isinstance(weight, PackedWeight) else [weight]
         size = sum(t.numel() * t.element_size() for t in tensors)
-        made = [call, *(make()[0] for _ in range(streamed // size))]
-        return Contender(name, made, size * len(made))
-
-    def packed(name: str, make: Callable[[], PackedWeight], inputs: Tensor = half) -> Contender:
-        def one() -> tuple[Call, Sequence[Tensor]]:
-            weight = make()
-            return (lambda: weight.product(inputs)), list(weight.buffers())
-
-        return of(name, one)
-
-    def simple(name: str, make: Callable[[], Tensor], call: Callable[[Tensor], object]) -> Contender:
-        def one() -> tuple[Call, Sequence[Tensor]]:
-            weight = make()
-            return (lambda: call(weight)), [weight]
-
-        return of(name, one)
-
-    def integer(bits: int) -> Contender:
-        def one() -> tuple[Call, Sequence[Tensor]]:
-            w = uniform(bits)
-            return (lambda: scaled_product(bytes_, scale, w.codes, w.scale, w.zero, bits, "integer")), list(w.buffers())
-
-        return of(f"codes W{bits} A8", one)
+        copies = [weight, *(copy.deepcopy(weight) for _ in range(streamed // size))]
+        return Contender(name, [partial(call, each) for each in copies], size * len(copies))
 
     def planes(bits: int, input_bits: int) -> Contender:
-        inputs = words(1, input_bits)
-        sums = torch.zeros(1, 1)
+        inputs, sums, scales = words(1, input_bits), torch.zeros(1, 1), torch.ones(SIZE, 1, dtype=torch.float16)
+        return of(
+            f"planes W{bits} A{input_bits}",
+            words(SIZE, bits),
+            lambda w: plane_product(inputs, scale, sums, w, scales, None, "none", SIZE),
+        )
 
-        def one() -> tuple[Call, Sequence[Tensor]]:
-            weight, scales = words(SIZE, bits), torch.ones(SIZE, 1, dtype=torch.float16)
-            return (lambda: plane_product(inputs, scale, sums, weight, scales, None, "none", SIZE)), [weight]
+    def codes(bits: int) -> Contender:
+        return of(
+            f"codes W{bits} A8, groups of {GROUP}",
+            uniform(bits),
+            lambda w: scaled_product(bytes_, scale, w.codes, w.scale, w.zero, bits, "integer"),
+        )
 
-        return of(f"planes W{bits} A{input_bits}", one)
-
-    yield simple(BF16, lambda: torch.randn(SIZE, SIZE).to(torch.bfloat16), lambda w: F.linear(half, w))
-    yield simple(INT8, lambda: signed(SIZE, SIZE), lambda w: int8_product(bytes_, w))
-    yield simple("torch int8, bf16 inputs", lambda: signed(SIZE, SIZE), torch_int8(half))
-    yield simple("torch 4 bits, bf16 inputs", lambda: signed(SIZE, SIZE // 2).view(torch.uint8), torch_int4(half))
+    yield of(BF16, torch.randn(SIZE, SIZE).to(torch.bfloat16), lambda w: F.linear(half, w))
+    yield of(INT8, signed(SIZE, SIZE), lambda w: int8_product(bytes_, w))
+    yield of("torch int8, bf16 inputs", signed(SIZE, SIZE), torch_int8(half))
+    yield of("torch 4 bits, bf16 inputs", signed(SIZE, SIZE // 2).view(torch.uint8), torch_int4(half))
     for bits in (2, 3, 4, 8):
-        yield packed(f"{bits} bits, groups of {GROUP}", lambda bits=bits: uniform(bits))  # type: ignore[misc]
-    yield packed("4 bits, fp32 inputs", lambda: uniform(4), x)
-    yield packed("NF4, groups of 64", nf4)
-    yield packed("two ternary planes", lambda: TernaryWeight.of(trits(), torch.ones(2, SIZE, SIZE // GROUP)))
-    yield packed("vectors of 8, 2 bits", vectors)
-    for bits in (2, 4):
-        yield integer(bits)
-    yield simple("codes W4 A8, sums", lambda: uniform(4).codes, lambda w: code_product(bytes_, w, 4))
-    for bits, input_bits in ((1, 8), (2, 4), (2, 8), (3, 8), (4, 4)):
-        yield planes(bits, input_bits)
+        yield of(f"{bits} bits, groups of {GROUP}", uniform(bits), lambda w: w.product(half))
+    yield of("4 bits, fp32 inputs", uniform(4), lambda w: w.product(x))
+    yield of("NF4, groups of 64", nf4(), lambda w: w.product(half))
+    yield of("two ternary planes", ternary(), lambda w: w.product(half))
+    yield of("vectors of 8, 2 bits", vectors(), lambda w: w.product(half))
+    yield from (codes(bits) for bits in (2, 4))
+    yield of("codes W2 A8, sums of rows", uniform(2).codes, lambda w: code_product(bytes_, w, 2))
+    yield from (planes(bits, others) for bits, others in ((1, 8), (2, 4), (2, 8), (3, 8), (4, 4)))
 
 
 def uniform(bits: int, rows: int = SIZE, columns: int = SIZE) -> UniformWeight:
@@ -157,8 +141,9 @@ def words(rows: int, bits: int) -> Tensor:
     return torch.randint(-(2**62), 2**62, (rows, SIZE // 512, bits, 8))
 
 
-def trits() -> Tensor:
-    return torch.randint(-1, 2, (2, SIZE, SIZE), dtype=torch.int8)
+def ternary() -> TernaryWeight:
+    trits = torch.randint(-1, 2, (2, SIZE, SIZE), dtype=torch.int8)
+    return TernaryWeight.of(trits, torch.ones(2, SIZE, SIZE // GROUP))
 
 
 def nf4() -> TableWeight:
@@ -208,7 +193,7 @@ def crossover(repetitions: int, least: float, clock: Clock) -> dict[str, dict[st
             x = torch.randn(count, SIZE).to(torch.bfloat16)
             ways: dict[str, Call] = {
                 "kernel": lambda x=x, w=weight: uniform_product(x, w.codes, w.scale, w.zero, w.bits, w.kind),  # type: ignore[misc]
-                "values": lambda x=x, w=weight: by_panels(x, w.shape, lambda rows: w._values(x.dtype, rows)),  # type: ignore[misc]
+                "values": lambda x=x, w=weight: by_panels(x, w.shape, w.values),  # type: ignore[misc]
                 BF16: lambda x=x: F.linear(x, plain),  # type: ignore[misc]
             }
             timed = [Contender(name, [call], 0) for name, call in ways.items()]

@@ -15,7 +15,7 @@ from torch import Tensor
 from posttrain.compress.kernels.library import runs_on
 
 FEW = 16  # rows of inputs up to which the kernels are the faster way
-PANEL = 1 << 20  # values that are made at once
+PANEL = 1 << 19  # values that are made at once
 
 
 def few(inputs: Tensor) -> bool:
@@ -28,13 +28,16 @@ def few_rows(inputs: Tensor, *weights: Tensor | None) -> bool:
     return few(inputs) and runs_on(inputs, *weights)
 
 
-def by_panels(inputs: Tensor, shape: tuple[int, int], values: Callable[[slice], Tensor]) -> Tensor:
-    """`[..., in]` times the transposed matrix of that shape, whose rows `values(rows)` makes in the inputs' dtype."""
+def by_panels(inputs: Tensor, shape: tuple[int, int], values: Callable[[slice, Tensor], Tensor]) -> Tensor:
+    """`[..., in]` times the transposed matrix of that shape; `values(rows, room)` writes some rows into a tensor of the
+    inputs' dtype.
+    """
     rows, columns = shape
     step = max(1, PANEL // columns)
     x = inputs.reshape(-1, columns)
     out = torch.empty(x.shape[0], rows, dtype=x.dtype)
+    room = torch.empty(min(step, rows), columns, dtype=x.dtype)
     for begin in range(0, rows, step):
         panel = slice(begin, min(begin + step, rows))
-        out[:, panel] = F.linear(x, values(panel))
+        out[:, panel] = F.linear(x, values(panel, room[: panel.stop - begin]))
     return out.view(*inputs.shape[:-1], rows)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posttrain.compress.kernels.library import DTYPES, address, call
+from posttrain.compress.kernels.library import DTYPES, address, call, mismatch
 from posttrain.compress.kernels.uniform import check_codes, rows_of
 
 _HALF, _FLOAT, _BYTE = 0, 1, 2
@@ -52,15 +52,19 @@ def table_product(inputs: Tensor, codes: Tensor, table: Tensor, scales: GroupSca
 def table_values(
     columns: int, codes: Tensor, table: Tensor, scales: GroupScales, bits: int,
     dtype: torch.dtype = torch.float32, rows: slice = slice(None),
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The values of some rows, `[rows, columns]` fp32, or bf16 rounded from that."""
+    """The values of some rows, `[rows, columns]` fp32, or bf16 rounded from that; in `out` where it is given."""
     all_rows, groups = scales.codes.shape
     check_codes(columns, codes, scales.codes, bits)
     begin, end, _ = rows.indices(all_rows)
-    out = torch.empty(end - begin, columns, dtype=dtype)
+    if out is None:
+        out = torch.empty(end - begin, columns, dtype=dtype)
+    elif out.shape != (end - begin, columns) or not out.is_contiguous():
+        raise mismatch(f"room of {list(out.shape)} for {end - begin} rows of {columns}")
     call(
         "table_values", address(codes), address(table), address(scales.codes), scales.kind, address(scales.table),
         address(scales.peaks), scales.whole, all_rows, columns, groups, bits, begin, end - begin, out.data_ptr(),
-        DTYPES[dtype], work=out.numel(),
+        DTYPES[out.dtype], work=out.numel(),
     )  # fmt: skip
     return out

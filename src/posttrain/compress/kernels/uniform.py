@@ -38,15 +38,19 @@ def uniform_product(
 def uniform_values(
     columns: int, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, kind: Zero,
     group_of: Tensor | None = None, dtype: torch.dtype = torch.float32, rows: slice = slice(None),
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The values of some rows, `[rows, columns]` fp32, or bf16 rounded from that."""
+    """The values of some rows, `[rows, columns]` fp32, or bf16 rounded from that; in `out` where it is given."""
     all_rows, groups = scale.shape
     check_codes(columns, codes, scale, bits, group_of is not None)
     begin, end, _ = rows.indices(all_rows)
-    out = torch.empty(end - begin, columns, dtype=dtype)
+    if out is None:
+        out = torch.empty(end - begin, columns, dtype=dtype)
+    elif out.shape != (end - begin, columns) or not out.is_contiguous():
+        raise mismatch(f"room of {list(out.shape)} for {end - begin} rows of {columns}")
     call(
         "uniform_values", address(codes), address(scale), address(zero), address(group_of), all_rows, columns, groups,
-        bits, ZEROS[kind], begin, end - begin, out.data_ptr(), DTYPES[dtype], work=out.numel(),
+        bits, ZEROS[kind], begin, end - begin, out.data_ptr(), DTYPES[out.dtype], work=out.numel(),
     )  # fmt: skip
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,10 +85,8 @@ class TableWeight(PackedWeight):
         levels, scales = self.levels(), self.scales.for_kernel()
         if few(inputs):
             return table_product(inputs, self.codes, levels, scales, self.bits)
-        columns, dtype = self.shape[1], inputs.dtype
-        return by_panels(
-            inputs, self.shape, lambda rows: table_values(columns, self.codes, levels, scales, self.bits, dtype, rows)
-        )
+        make = partial(table_values, self.shape[1], self.codes, levels, scales, self.bits)
+        return by_panels(inputs, self.shape, lambda rows, room: make(rows=rows, out=room))
 
     def dequantize(self) -> Tensor:
         found = looked_up(self.codes, self.bits, self.shape[1], self.levels())

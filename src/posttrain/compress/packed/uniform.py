@@ -92,16 +92,17 @@ class UniformWeight(PackedWeight):
             return super().product(inputs)
         if few(inputs):
             return uniform_product(inputs, self.codes, self.scale, self.zero, self.bits, self.kind, self.group_of)
-        return by_panels(inputs, self.shape, lambda rows: self._values(inputs.dtype, rows))
+        return by_panels(inputs, self.shape, self.values)
 
-    def _values(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+    def values(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
+        """`[rows, in]` values of some rows, fp32 or in the dtype of `out`: for the CPU, where there are kernels."""
         return uniform_values(
-            self.shape[1], self.codes, self.scale, self.zero, self.bits, self.kind, self.group_of, dtype, rows
+            self.shape[1], self.codes, self.scale, self.zero, self.bits, self.kind, self.group_of, rows=rows, out=out
         )
 
     def dequantize(self) -> Tensor:
         if there_for(self.codes):
-            return self._values(torch.float32)
+            return self.values()
         codes, scale, zero = self.unpacked().float(), self.scale.float(), self.zeros()
         if self.group_of is None:
             by_group = codes.view(self.shape[0], self.groups, -1)

@@ -86,6 +86,8 @@ typedef struct {
     const int32_t *group_index;  // [columns], or nothing: groups are runs of columns
     uint8_t sixteen_bytes[64];
     uint32_t sixteen_shift[16];
+    uint8_t words_bytes[64];  // the same for 32 codes in a row, 16 bits each
+    uint16_t words_shift[32];
 } Values;
 
 // A row's scales and zeros (as codes or values) as fp32; its values; a dot product of fp32 vectors.

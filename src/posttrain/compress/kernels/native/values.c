@@ -94,6 +94,11 @@ typedef struct {
 static int prepare(Task *t, const Codes *c, int ordered, int level, int threads) {
     t->values.codes = *c;
     set_sixteen(t->values.sixteen_bytes, t->values.sixteen_shift, c->bits);
+    for (int i = 0; i < 32; i++) {
+        t->values.words_bytes[2 * i] = (uint8_t)(i * c->bits >> 3);
+        t->values.words_bytes[2 * i + 1] = (uint8_t)((i * c->bits >> 3) + 1);
+        t->values.words_shift[i] = (uint16_t)(i * c->bits & 7);
+    }
     t->padded_groups = rounded_up(c->groups, 16), t->padded_columns = rounded_up(c->columns, 16);
     t->scratch_bytes = rounded_up(t->padded_groups * 8 + t->padded_columns * 5, 64);
     t->scratch = (char *)aligned((size_t)(t->scratch_bytes * threads));
