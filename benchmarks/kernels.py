@@ -209,7 +209,8 @@ def decoding(repetitions: int, tokens: int, clock: Clock) -> list[Contender]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**MODEL)).to(torch.bfloat16)
+        model: Any = LlamaForCausalLM(LlamaConfig(**MODEL))
+        model.to(torch.bfloat16)
     model = model.to_empty(device="cpu").eval().requires_grad_(False)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.fill_(0.01)

@@ -72,7 +72,7 @@ def _method(case: Case) -> Method:
 
 def _source(case: Case, method: Method, policy: CausalPolicy, steps: int) -> Source:
     rows = load_dataset(workload.rows_of(case, steps), policy.tokenizer)
-    sampler = InOrder(len(rows))
+    sampler = InOrder(rows)
     if not case.online:
         return Offline(rows.groups, sampler, method.settings)
     engine = EmbeddedEngine(policy, rows=method.settings.rollout_rows)

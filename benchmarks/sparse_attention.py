@@ -117,10 +117,12 @@ def main() -> None:
     parser.add_argument("--json", help="where the figures go")
     given = parser.parse_args()
     context, repetitions = (1024, 2) if given.quick else (given.context, given.repetitions)
+    heads, key_heads, width = given.heads
     with torch.inference_mode():
         found = measured(
-            context, *given.heads, given.share, given.factor, repetitions, getattr(torch, given.dtype), not given.random
-        )
+            context, heads, key_heads, width, given.share, given.factor, repetitions, getattr(torch, given.dtype),
+            not given.random,
+        )  # fmt: skip
     print(f"{torch.get_num_threads()} threads, {given.dtype}, context {found.context}, heads {given.heads}")
     print(f"dense   {found.dense * 1e3:8.3f} ms a step")
     print(f"sparse  {found.sparse * 1e3:8.3f} ms a step, {found.tokens} tokens by {found.channels} channels")
