@@ -37,7 +37,8 @@ INLINE FOR_AVX512 __m512 group_scale(const Codes *c, int64_t row, int64_t g, flo
 }
 
 // 16 codes from code i on (a multiple of 8) of a row that has `bytes` bytes, a 32-bit lane each
-INLINE FOR_AVX512 __m512i sixteen(const uint8_t *row, int64_t bytes, int bits, int64_t i, __m512i where, __m512i shift) {
+INLINE FOR_AVX512 __m512i sixteen(const uint8_t *row, int64_t bytes, int bits, int64_t i, __m512i where,
+                                  __m512i shift) {
     const int64_t at = i * bits / 8, left = least(bytes - at, 2 * bits);
     const __m128i read = _mm_maskz_loadu_epi8((__mmask16)((1u << left) - 1), row + at);
     const __m512i spread = _mm512_permutexvar_epi8(where, _mm512_zextsi128_si512(read));
@@ -57,8 +58,8 @@ INLINE FOR_AVX512 __m512 offsets(const Codes *c, int64_t row, int64_t g, float b
     return _mm512_fnmadd_ps(scale, _mm512_add_ps(zero, biases), _mm512_setzero_ps());
 }
 
-// The power of two that brings the largest of some numbers below 2^bits (bits to 30), and below what signed digits of base
-// 256 reach; -1 where one is no finite number.
+// The power of two that brings the largest of some numbers below 2^bits (bits to 30), and below what signed digits of
+// base 256 reach; -1 where one is no finite number.
 FOR_AVX512 static inline float power_below(const float *x, int64_t n, int bits) {
     __m512 most = _mm512_setzero_ps();
     __mmask16 odd = 0;

@@ -114,7 +114,8 @@ INLINE FOR_AVX512 void vnni_rows(const Integers *p, int64_t begin, int64_t end, 
     }
 }
 
-FOR_AVX512 static void rows_vnni(const Integers *p, int64_t begin, int64_t end, int64_t first, int tile, uint8_t *room) {
+FOR_AVX512 static void rows_vnni(const Integers *p, int64_t begin, int64_t end, int64_t first, int tile,
+                                 uint8_t *room) {
     const int bits = p->codes.bits;
     (void)room;
     for (int m = 0; m < tile; m += tile == TILE ? TILE : 1) {
@@ -143,9 +144,9 @@ static void body(const void *task, int64_t begin, int64_t end, int thread) {
                     t->product->room + t->product->width * thread);
 }
 
-// Codes by int8 inputs, `[count, columns]` without gaps. Without scales the sums themselves, `[count, rows]` int32 (of
-// signed bytes as weights where `turned`, 8 bits and one group); with scales
-// input_scale[m] * sum over groups of scale * (sum of code * input - zero * sum of input), fp32.
+// Codes by int8 inputs, `[count, columns]` without gaps. Without scales the sums themselves, `[count, rows]` int32
+// (of signed bytes as weights where `turned`, 8 bits and one group); with scales input_scale[m] * sum over groups of
+// scale * (sum of code * input - zero * sum of input), fp32.
 EXPORT int posttrain_integer_product(const uint8_t *codes, const uint16_t *scale, const void *zero, int64_t rows,
                                      int64_t columns, int64_t groups, int bits, int kind, int turned,
                                      const int8_t *inputs, const float *input_scale, int64_t count, void *out,

@@ -1,4 +1,5 @@
-// Products of codes in blocks of 8 lanes, in plain C: for processors without 512-bit vectors, and those that are no x86.
+// Products of codes in blocks of 8 lanes, in plain C: for processors without 512-bit vectors, and those that are no
+// x86.
 //
 // The vectors are GCC's, which any processor's instructions are found for. Multiplications and additions stay apart.
 
@@ -32,8 +33,8 @@ INLINE Words load_block(const uint8_t *from, int64_t last, int bits, int codes) 
     return block;
 }
 
-// Code j of every lane less the middle, which is what a shift with the sign makes of it once its highest bit is turned
-// over; or the table's value.
+// Code j of every lane less the middle, which is what a shift with the sign makes of it once its highest bit is
+// turned over; or the table's value.
 INLINE Floats value(Words block, int j, int bits, const float *table) {
     if (table) {
         Floats w;

@@ -78,8 +78,10 @@ INLINE FOR_AVX512 void fp32_rows(const Product *p, int64_t begin, int64_t end, i
                 for (int j = 0; j < codes; j++) {
                     const __m512 w = value(block, j, bits, low, high);
 #pragma GCC unroll 4
-                    for (int m = 0; m < tile; m++)
-                        sum[m][j % sums] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x + m * p->width + j * 16), sum[m][j % sums]);
+                    for (int m = 0; m < tile; m++) {
+                        const __m512 with = _mm512_loadu_ps(x + m * p->width + j * 16);
+                        sum[m][j % sums] = _mm512_fmadd_ps(w, with, sum[m][j % sums]);
+                    }
                 }
             }
             const __m512 scale = p->one_group ? group_scale(&p->codes, row, from / a_group, near)

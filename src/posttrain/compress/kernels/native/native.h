@@ -11,7 +11,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-// Levels, each containing those below it. AVX512 is that of Ice Lake and Zen 4: byte permutes, VNNI, vector popcounts, GFNI.
+// Levels, each containing those below it. AVX512 is that of Ice Lake and Zen 4: byte permutes, VNNI, vector
+// popcounts, GFNI.
 enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 
 enum { DONE = 0, NO_MEMORY = 1, NOT_OFFERED = 2 };  // what an exported function returns
@@ -24,8 +25,8 @@ enum { ZERO_NONE = 0, ZERO_INTEGER = 1, ZERO_FLOAT = 2 };
 #include <immintrin.h>
 #define FOR_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt")))
 #define FOR_AVX512                                                                                                     \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512vpopcntdq,gfni,fma,f16c,bmi," \
-                          "bmi2,popcnt")))
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512vpopcntdq,gfni,fma,f16c,"    \
+                          "bmi,bmi2,popcnt")))
 #else
 #define X86 0
 #endif

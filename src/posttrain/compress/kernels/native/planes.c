@@ -1,7 +1,8 @@
 // Products of bit planes: sum over i, j of 2^(i + j) * popcount(w_i & x_j), for any two numbers of bits.
 //
-// A row is cut into blocks of 512 columns; a block holds a plane after the other, lowest bit first, each 8 words of 64
-// bits: bit k % 64 of word k / 64 is that of column k. Columns beyond the last are zeros. Both sides are unsigned codes.
+// A row is cut into blocks of 512 columns; a block holds a plane after the other, lowest bit first, each 8 words of
+// 64 bits: bit k % 64 of word k / 64 is that of column k. Columns beyond the last are zeros. Both sides are unsigned
+// codes.
 
 #include "planes.h"
 
@@ -85,7 +86,8 @@ INLINE FOR_AVX512 void plane_rows(const Planes *p, int64_t begin, int64_t end, c
     const int64_t a_group = p->groups == 1 ? p->blocks : one_group ? p->group / COLUMNS : 1;
     for (int64_t row = begin; row < end; row++)
         for (int64_t m = 0; m < p->count; m++) {
-            const uint64_t *w = p->weights + row * p->blocks * bits * WORDS, *x = p->inputs + m * p->blocks * others * WORDS;
+            const uint64_t *w = p->weights + row * p->blocks * bits * WORDS;
+            const uint64_t *x = p->inputs + m * p->blocks * others * WORDS;
             __m512d total = _mm512_setzero_pd();
             for (int64_t block = 0; block < p->blocks;) {
                 const int64_t from = block, to = block + a_group;
@@ -169,8 +171,8 @@ static void body(const void *task, int64_t begin, int64_t end, int thread) {
 }
 
 // Planes of weights by planes of inputs. Without scales the sums themselves, `[count, rows]` int64; with scales
-// input_scale[m] * sum over groups of scale * (sum of code * input - zero * sum of input), `[count, rows]` fp32, where
-// groups are of multiples of 64 columns and input_sums is `[count, groups]`.
+// input_scale[m] * sum over groups of scale * (sum of code * input - zero * sum of input), `[count, rows]` fp32,
+// where groups are of multiples of 64 columns and input_sums is `[count, groups]`.
 EXPORT int posttrain_plane_product(const uint64_t *weights, const uint16_t *scale, const void *zero, int64_t rows,
                                    int64_t columns, int64_t groups, int bits, int kind, const uint64_t *inputs,
                                    int input_bits, const float *input_sums, const float *input_scale, int64_t count,
@@ -199,7 +201,8 @@ EXPORT int posttrain_plane_product(const uint64_t *weights, const uint16_t *scal
         p.sums = (int64_t *)out;
     }
     float *padded = (float *)aligned((size_t)(count * p.padded_groups) * 4);
-    int32_t *lane_group = (int32_t *)aligned((size_t)(p.blocks * (1 + WORDS)) * 4), *first_group = lane_group + p.blocks * WORDS;
+    int32_t *lane_group = (int32_t *)aligned((size_t)(p.blocks * (1 + WORDS)) * 4);
+    int32_t *first_group = lane_group + p.blocks * WORDS;
     if (!padded || !lane_group) {
         free(padded), free(lane_group), free((void *)p.input_bytes);
         return NO_MEMORY;

@@ -1,6 +1,6 @@
-// Products of up to four bit planes by bytes of inputs: the planes' bits are brought together as bytes, eight columns at a
-// time by a product of 8 x 8 matrices of bits (GFNI), and multiplied as bytes (VNNI). It takes less than counting bits where
-// there are many pairs of planes.
+// Products of up to four bit planes by bytes of inputs: the planes' bits are brought together as bytes, eight columns
+// at a time by a product of 8 x 8 matrices of bits (GFNI), and multiplied as bytes (VNNI). It takes less than
+// counting bits where there are many pairs of planes.
 
 #include "planes.h"
 
@@ -22,7 +22,8 @@ INLINE FOR_AVX512 Constants constants(const int bits) {
         for (int s = 0; s < 8; s++) {
             memset(bytes + 8 * s, 0, 8);
             if (bits == 1) bytes[8 * s + 7] = (uint8_t)(8 * c + s);
-            if (bits == 2) bytes[8 * s + 6] = (uint8_t)(16 * c + 2 * s), bytes[8 * s + 7] = (uint8_t)(16 * c + 2 * s + 1);
+            if (bits == 2) bytes[8 * s + 6] = (uint8_t)(16 * c + 2 * s);
+            if (bits == 2) bytes[8 * s + 7] = (uint8_t)(16 * c + 2 * s + 1);
             words[2 * s] = 0, words[2 * s + 1] = (uint32_t)(s < 4 ? 4 * c + s : 16 + 4 * c + s - 4);
         }
         made.index[c] = bits <= 2 ? _mm512_loadu_si512(bytes) : _mm512_loadu_si512(words);
@@ -30,8 +31,8 @@ INLINE FOR_AVX512 Constants constants(const int bits) {
     return made;
 }
 
-// The codes of a block, 64 columns in order a register. Plane i goes to byte 7 - i of a quadword: the product gives it
-// bit i.
+// The codes of a block, 64 columns in order a register. Plane i goes to byte 7 - i of a quadword: the product gives
+// it bit i.
 INLINE FOR_AVX512 void codes_of_block(const uint64_t *w, __m512i *codes, const Constants *c, const int bits) {
     const __m512i none = _mm512_setzero_si512(), zero = _mm512_loadu_si512(w);
     if (bits == 1) {

@@ -1,8 +1,8 @@
 // Products of ternary planes, five trits a byte: trit i of a byte is its digit of weight 3^i, less one.
 //
-// 32 trits in a row are spread to 16 bits each, every one with its byte, whose digits are those of a fraction: byte * 270
-// is byte * 65536 / 243 and a little more, too little to reach the next digit. Multiplied by a power of three it loses
-// the digits above the wanted one (they overflow), and multiplied by three once more it gives that digit away.
+// 32 trits in a row are spread to 16 bits each, every one with its byte, whose digits are those of a fraction: byte *
+// 270 is byte * 65536 / 243 and a little more, too little to reach the next digit. Multiplied by a power of three it
+// loses the digits above the wanted one (they overflow), and multiplied by three once more it gives that digit away.
 
 #include "avx512.h"
 
@@ -14,8 +14,8 @@ typedef struct {
     int64_t rows, columns, groups, group, bytes, count, width, padded_groups;
     int planes;
     const float *ordered;  // [count, columns] fp32, for the kernel in plain C
-    // otherwise integers of 31 bits in two words, [count, steps, 2, 32]; what sums begin at, [count, groups, 2, 16]: they
-    // take 1 from each digit; and what the integers are to be multiplied by, [count, padded_groups]
+    // otherwise integers of 31 bits in two words, [count, steps, 2, 32]; what sums begin at, [count, groups, 2, 16],
+    // which takes 1 from each digit; and what the integers are to be multiplied by, [count, padded_groups]
     const int16_t *words;
     const int32_t *start;
     const float *input_scale;
@@ -44,7 +44,8 @@ INLINE void any_rows(const Ternary *p, int64_t begin, int64_t end, int64_t first
                     float sum[8] = {0};
                     int64_t k = 0;
                     for (; k + 8 <= p->group; k += 8)  // added, subtracted or left out
-                        for (int i = 0; i < 8; i++) sum[i] += trit[k + i] > 0 ? x[k + i] : trit[k + i] < 0 ? -x[k + i] : 0.0f;
+                        for (int i = 0; i < 8; i++)
+                            sum[i] += trit[k + i] > 0 ? x[k + i] : trit[k + i] < 0 ? -x[k + i] : 0.0f;
                     for (int i = 0; k < p->group; k++, i++) sum[i] += trit[k] > 0 ? x[k] : trit[k] < 0 ? -x[k] : 0.0f;
                     for (int i = 1; i < 8; i++) sum[0] += sum[i];
                     y[m] += scale * sum[0];
@@ -142,7 +143,8 @@ INLINE FOR_AVX512 void step_rows(const Ternary *p, int64_t begin, int64_t end, i
     }
 }
 
-FOR_AVX512 static void rows_avx512(const Ternary *p, int64_t begin, int64_t end, int64_t first, int tile, uint8_t *room) {
+FOR_AVX512 static void rows_avx512(const Ternary *p, int64_t begin, int64_t end, int64_t first, int tile,
+                                   uint8_t *room) {
     (void)room;
     if (tile == TILE)
         step_rows(p, begin, end, first, TILE);
@@ -150,8 +152,8 @@ FOR_AVX512 static void rows_avx512(const Ternary *p, int64_t begin, int64_t end,
         for (int m = 0; m < tile; m++) step_rows(p, begin, end, first + m, 1);
 }
 
-// A group of inputs, n of them, as integers below 2^30 in two words each; sums: of each lane, by word. What they are to be
-// multiplied by, or -1 where one is no finite number.
+// A group of inputs, n of them, as integers below 2^30 in two words each; sums: of each lane, by word. What they are
+// to be multiplied by, or -1 where one is no finite number.
 FOR_AVX512 static float write_words(const float *x, int64_t n, int16_t *to, int32_t *sums) {
     const float power = power_below(x, n, 30);
     const __m512i ones = _mm512_set1_epi16(1), half = _mm512_set1_epi32(1 << 15);

@@ -1,9 +1,10 @@
 // Products and values of uniform codes: `w = scale * (code - zero)`, or `scale * code + zero` with a float zero.
 //
-// A row of codes is cut into blocks of 16 (8) lanes of 32 bits with as many whole codes each as is convenient. The inputs
-// are laid out once a call in the order in which a block gives its codes away: code j of all lanes, then code j + 1. A
-// product is summed up a group at a time over `code + bias`, small integers that are exact; what is missing to the value,
-// `offset = scale * -(bias + zero)` or `zero - scale * bias`, is multiplied by the sum of the group's inputs.
+// A row of codes is cut into blocks of 16 (8) lanes of 32 bits with as many whole codes each as is convenient. The
+// inputs are laid out once a call in the order in which a block gives its codes away: code j of all lanes, then code
+// j + 1. A product is summed up a group at a time over `code + bias`, small integers that are exact; what is missing
+// to the value, `offset = scale * -(bias + zero)` or `zero - scale * bias`, is multiplied by the sum of the group's
+// inputs.
 
 #ifndef POSTTRAIN_UNIFORM_H
 #define POSTTRAIN_UNIFORM_H

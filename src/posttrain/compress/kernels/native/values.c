@@ -15,7 +15,8 @@ INLINE void tables(const Values *v, int64_t row, float *scale, float *zero) {
     }
 }
 
-INLINE void run_of_values(const Codes *c, const uint8_t *code, int64_t n, float scale, float zero, void *out, int type) {
+INLINE void run_of_values(const Codes *c, const uint8_t *code, int64_t n, float scale, float zero, void *out,
+                          int type) {
     if (c->table)
         for (int64_t k = 0; k < n; k++) store(out, type, k, c->table[code[k]] * scale);
     else if (c->kind == ZERO_FLOAT)
@@ -67,7 +68,9 @@ static void values_portable(const Values *v, int64_t row, const float *scale, co
 static float dot_portable(const float *a, const float *b, int64_t n) { return dot(a, b, n, 0); }
 
 #if X86
-FOR_AVX2 static void tables_avx2(const Values *v, int64_t row, float *scale, float *zero) { tables(v, row, scale, zero); }
+FOR_AVX2 static void tables_avx2(const Values *v, int64_t row, float *scale, float *zero) {
+    tables(v, row, scale, zero);
+}
 FOR_AVX2 static void values_avx2(const Values *v, int64_t row, const float *scale, const float *zero, void *out,
                                  int type, uint8_t *room) {
     unpacked_row(v, row, room, AVX2);
@@ -152,7 +155,8 @@ int product_by_values(const Codes *c, const void *inputs, int type, int64_t coun
     return failed;
 }
 
-static int values_of(const Codes *c, int64_t first_row, int64_t count, void *out, int out_type, int level, int threads) {
+static int values_of(const Codes *c, int64_t first_row, int64_t count, void *out, int out_type, int level,
+                     int threads) {
     Task t = {.first_row = first_row, .out = out, .out_type = out_type};
     const int failed = prepare(&t, c, c->group_of || c->columns / c->groups % 16, level, threads);
     if (!failed) for_rows(body, &t, count, threads);

@@ -31,7 +31,8 @@ INLINE FOR_AVX512 __m512 scaled(__m512 code, __m512 scale, __m512 zero, const Co
 }
 
 INLINE FOR_AVX512 __m256i rounded_to_bf16(__m512 w) {
-    const __m512i bits = _mm512_castps_si512(w), last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i bits = _mm512_castps_si512(w);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
     const __mmask16 no_number = _mm512_cmp_ps_mask(w, w, _CMP_UNORD_Q);
     const __m512i word = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), no_number, _mm512_set1_epi32(0x7fc0));
@@ -49,7 +50,8 @@ INLINE FOR_AVX512 __m512 plain(const Codes *c, int from) {
 }
 
 // A group of up to 5 bits: all its values are made first, and looked up in registers.
-FOR_AVX512 static void few_values(const Values *v, int64_t row, const float *scale, const float *zero, void *out, int type) {
+FOR_AVX512 static void few_values(const Values *v, int64_t row, const float *scale, const float *zero, void *out,
+                                  int type) {
     const Codes *c = &v->codes;
     const uint8_t *packed = c->codes + row * c->code_bytes;
     const __m512i where = _mm512_loadu_si512(v->sixteen_bytes), shift = _mm512_loadu_si512(v->sixteen_shift);
@@ -120,7 +122,8 @@ FOR_AVX512 float dot_avx512(const float *a, const float *b, int64_t n) {
         for (int s = 0; s < 4; s++) {
             const int64_t at = k + 16 * s, left = n - at;
             const __mmask16 there = left <= 0 ? 0 : first_of(left);
-            sum[s] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, a + at), _mm512_maskz_loadu_ps(there, b + at), sum[s]);
+            const __m512 one = _mm512_maskz_loadu_ps(there, a + at), other = _mm512_maskz_loadu_ps(there, b + at);
+            sum[s] = _mm512_fmadd_ps(one, other, sum[s]);
         }
     return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
 }

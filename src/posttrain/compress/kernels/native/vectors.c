@@ -1,7 +1,7 @@
 // Products of vector codes: vectors of weights that lie below one another in a column, looked up in tables.
 //
-// w[row * length + i, column] = table[index & mask][i] + second[index >> first][i], with the index of (row, column) of up
-// to 24 bits: the low bytes of a row's indices, then the next, the last ones in as many bits as are left.
+// w[row * length + i, column] = table[index & mask][i] + second[index >> first][i], with the index of (row, column)
+// of up to 24 bits: the low bytes of a row's indices, then the next, the last ones in as many bits as are left.
 
 #include "avx512.h"
 
