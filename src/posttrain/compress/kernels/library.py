@@ -25,7 +25,7 @@ VARIABLE = "POSTTRAIN_KERNELS"
 OFF = "off"
 LEVELS = ("portable", "avx2", "avx512")  # each contains those before it; as in native.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_SMALL = 1 << 16  # weights below which a second thread costs more than it brings
+_SMALL = 1 << 18  # weights below which a second thread costs more than it brings
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _UNIFORM = (_P, _P, _P, _P, _L, _L, _L, _I, _I)
@@ -113,16 +113,17 @@ def forced(name: str) -> Iterator[None]:
 
 def there_for(*weights: Tensor | None) -> bool:
     """Whether there are kernels for weights at this place."""
-    return (
-        all(w is None or w.device.type == "cpu" for w in weights) and not torch.compiler.is_compiling() and level() >= 0
-    )
+    for weight in weights:
+        if weight is not None and not weight.is_cpu:
+            return False
+    return level() >= 0 and not torch.compiler.is_compiling()
 
 
 def runs_on(inputs: Tensor, *weights: Tensor | None) -> bool:
     """Whether there is a kernel for these inputs: on the CPU, fp32 or bf16, and nobody wants a gradient of them."""
     return (
-        inputs.dtype in DTYPES
-        and inputs.device.type == "cpu"
+        inputs.is_cpu
+        and inputs.dtype in DTYPES
         and not (inputs.requires_grad and torch.is_grad_enabled())
         and there_for(*weights)
     )
@@ -130,14 +131,23 @@ def runs_on(inputs: Tensor, *weights: Tensor | None) -> bool:
 
 def call(name: str, *arguments: Any, work: int) -> None:
     """Run a kernel at the level of now. work: weights it goes through, which decides whether threads share it."""
+    kernel, at = _kernel(name), level()
+    if at < 0:
+        at = len(offered()) - 1
+    if name in _SERIAL:
+        failed = kernel(*arguments, at)
+    else:
+        failed = kernel(*arguments, at, torch.get_num_threads() if work >= _SMALL else 1)
+    if failed:
+        raise MemoryError(f"kernel {name}") if failed == 1 else PosttrainError(f"kernel {name} does not do this shape")
+
+
+@functools.cache
+def _kernel(name: str) -> Any:
     found = library()
     if found is None:
         raise PosttrainError("posttrain was built without its CPU kernels; install a C compiler and build it again")
-    at = level() if level() >= 0 else int(found.posttrain_level())
-    ends = (at,) if name in _SERIAL else (at, torch.get_num_threads() if work >= _SMALL else 1)
-    failed = getattr(found, f"posttrain_{name}")(*arguments, *ends)
-    if failed:
-        raise MemoryError(f"kernel {name}") if failed == 1 else PosttrainError(f"kernel {name} does not do this shape")
+    return getattr(found, f"posttrain_{name}")
 
 
 def mismatch(what: str) -> ValueError:

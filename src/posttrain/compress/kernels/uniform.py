@@ -24,15 +24,16 @@ def uniform_product(
 ) -> Tensor:  # fmt: skip
     """`[..., in]` fp32 or bf16 -> `[..., out]` in the same dtype. The weights are buffers of `UniformWeight`."""
     rows, groups = scale.shape
-    columns = inputs.shape[-1]
+    *others, columns = inputs.shape
     check_codes(columns, codes, scale, bits, group_of is not None)
-    x = rows_of(inputs)
-    out = torch.empty(x.shape[0], rows, dtype=x.dtype)
+    x = inputs.contiguous()
+    out = torch.empty((*others, rows), dtype=inputs.dtype)
     call(
         "uniform_product", address(codes), address(scale), address(zero), address(group_of), rows, columns, groups,
-        bits, ZEROS[kind], x.data_ptr(), DTYPES[x.dtype], x.shape[0], x.stride(0), out.data_ptr(), work=rows * columns,
+        bits, ZEROS[kind], x.data_ptr(), DTYPES[x.dtype], x.numel() // columns, columns, out.data_ptr(),
+        work=rows * columns,
     )  # fmt: skip
-    return out.view(*inputs.shape[:-1], rows)
+    return out
 
 
 def uniform_values(

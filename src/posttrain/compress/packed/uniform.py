@@ -88,10 +88,11 @@ class UniformWeight(PackedWeight):
         return unpack(self.zero, self.bits, self.groups).float() if self.kind == "integer" else self.zero.float()
 
     def product(self, inputs: Tensor) -> Tensor:
-        if not runs_on(inputs, self.codes):
+        held = self._buffers  # much sooner found there than as attributes
+        if not runs_on(inputs, held["codes"]):
             return super().product(inputs)
         if few(inputs):
-            return uniform_product(inputs, self.codes, self.scale, self.zero, self.bits, self.kind, self.group_of)
+            return uniform_product(inputs, **held, bits=self.bits, kind=self.kind)  # type: ignore[arg-type]
         return by_panels(inputs, self.shape, self.values)
 
     def values(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
