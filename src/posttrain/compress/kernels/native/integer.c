@@ -29,7 +29,16 @@ INLINE float offset_of(const Codes *c, int64_t row, int64_t g, float scale) {
     return scale * (middle(c->bits) - (float)code_at(zeros, c->zero_bytes, c->bits, g));
 }
 
-INLINE void any_rows(const Integers *p, int64_t begin, int64_t end, int64_t first, int tile, uint8_t *room) {
+// sum of code * input, of codes that are signed bytes or not
+typedef int32_t (*Dot)(const uint8_t *codes, const int8_t *inputs, int64_t n, int with_sign);
+
+static int32_t dot_portable(const uint8_t *codes, const int8_t *inputs, int64_t n, int with_sign) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < n; k++) sum += (with_sign ? (int32_t)(int8_t)codes[k] : (int32_t)codes[k]) * inputs[k];
+    return sum;
+}
+
+static void any_rows(const Integers *p, int64_t begin, int64_t end, int64_t first, int tile, uint8_t *room, Dot dot) {
     const Codes *c = &p->codes;
     const int64_t group = c->columns / c->groups;
     for (int64_t row = begin; row < end; row++) {
@@ -37,16 +46,13 @@ INLINE void any_rows(const Integers *p, int64_t begin, int64_t end, int64_t firs
         if (c->bits < 8) {
             p->unpack(code, c->code_bytes, c->bits, c->columns, room);
             code = room;
-        } else if (p->turned) {
-            for (int64_t k = 0; k < c->columns; k++) room[k] = code[k] ^ 0x80;
-            code = room;
         }
         for (int64_t m = first; m < first + tile; m++) {
             const int8_t *x = p->inputs + m * p->width;
             float y = 0.0f;
             for (int64_t g = 0; g < c->groups; g++) {
-                int32_t sum = p->start[m * c->groups + g];
-                for (int64_t k = g * group; k < (g + 1) * group; k++) sum += (int32_t)code[k] * (int32_t)x[k];
+                const int32_t start = p->turned ? 0 : p->start[m * c->groups + g];
+                const int32_t sum = start + dot(code + g * group, x + g * group, group, p->turned);
                 if (c->scale) {
                     const float scale = scale_at(c, row, g);
                     y += scale * (float)sum + offset_of(c, row, g, scale) * p->sums[m * p->padded_groups + g];
@@ -60,12 +66,29 @@ INLINE void any_rows(const Integers *p, int64_t begin, int64_t end, int64_t firs
 }
 
 static void rows_portable(const Integers *p, int64_t begin, int64_t end, int64_t first, int tile, uint8_t *room) {
-    any_rows(p, begin, end, first, tile, room);
+    any_rows(p, begin, end, first, tile, room, dot_portable);
 }
 
 #if X86
-FOR_AVX2 static void rows_avx2(const Integers *p, int64_t begin, int64_t end, int64_t first, int tile, uint8_t *room) {
-    any_rows(p, begin, end, first, tile, room);
+FOR_AVX2 static int32_t dot_avx2(const uint8_t *codes, const int8_t *inputs, int64_t n, int with_sign) {
+    __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    int64_t k = 0;
+    for (; k + 32 <= n; k += 32)
+        for (int i = 0; i < 2; i++) {
+            const __m128i read = _mm_loadu_si128((const __m128i *)(codes + k + 16 * i));
+            const __m256i code = with_sign ? _mm256_cvtepi8_epi16(read) : _mm256_cvtepu8_epi16(read);
+            const __m256i with = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(inputs + k + 16 * i)));
+            sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(code, with));
+        }
+    const __m256i both = _mm256_add_epi32(sum[0], sum[1]);
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtsi128_si32(four) + dot_portable(codes + k, inputs + k, n - k, with_sign);
+}
+
+static void rows_avx2(const Integers *p, int64_t begin, int64_t end, int64_t first, int tile, uint8_t *room) {
+    any_rows(p, begin, end, first, tile, room, dot_avx2);
 }
 
 // 64 codes from one address on, a byte each, in order.

@@ -1,12 +1,9 @@
 // Products of codes in blocks of 8 lanes, in plain C: for processors without 512-bit vectors, and those that are no
 // x86.
 //
-// The vectors are GCC's, which any processor's instructions are found for. Multiplications and additions stay apart.
+// Multiplications and additions stay apart.
 
 #include "uniform.h"
-
-typedef float Floats __attribute__((vector_size(32)));
-typedef int32_t Words __attribute__((vector_size(32)));
 
 INLINE uint32_t word_at(const uint8_t *from) {
     return (uint32_t)from[0] | (uint32_t)from[1] << 8 | (uint32_t)from[2] << 16 | (uint32_t)from[3] << 24;
@@ -43,8 +40,6 @@ INLINE Floats value(Words block, int j, int bits, const float *table) {
     }
     return __builtin_convertvector((block << (32 - bits - j * bits)) >> (32 - bits), Floats);
 }
-
-INLINE float total_of(Floats v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
 // offset of a group of a row, see uniform.h
 INLINE float offset_of(const Codes *c, int64_t row, int64_t g, float bias) {

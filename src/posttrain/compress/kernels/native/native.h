@@ -39,6 +39,13 @@ enum { ZERO_NONE = 0, ZERO_INTEGER = 1, ZERO_FLOAT = 2 };
 #define EXPORT
 #endif
 
+// Vectors of GCC, for plain C: it finds the instructions of any processor for them.
+typedef float Floats __attribute__((vector_size(32)));
+typedef int32_t Words __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(8)));
+
+INLINE float total_of(Floats v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
 int supported_level(void);
 
 // Calls body(task, begin, end, thread) for ranges that cover the rows, on so many threads (thread < threads).

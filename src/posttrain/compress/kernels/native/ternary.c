@@ -41,14 +41,17 @@ INLINE void any_rows(const Ternary *p, int64_t begin, int64_t end, int64_t first
                 const float scale = float_of_half(p->scale[at * p->groups + g]);
                 for (int m = 0; m < tile; m++) {
                     const float *x = p->ordered + (first + m) * p->columns + g * p->group;
-                    float sum[8] = {0};
+                    Floats sum = {0};
                     int64_t k = 0;
-                    for (; k + 8 <= p->group; k += 8)  // added, subtracted or left out
-                        for (int i = 0; i < 8; i++)
-                            sum[i] += trit[k + i] > 0 ? x[k + i] : trit[k + i] < 0 ? -x[k + i] : 0.0f;
-                    for (int i = 0; k < p->group; k++, i++) sum[i] += trit[k] > 0 ? x[k] : trit[k] < 0 ? -x[k] : 0.0f;
-                    for (int i = 1; i < 8; i++) sum[0] += sum[i];
-                    y[m] += scale * sum[0];
+                    for (; k + 8 <= p->group; k += 8) {
+                        Bytes eight;
+                        Floats with;
+                        memcpy(&eight, trit + k, 8), memcpy(&with, x + k, 32);
+                        sum += __builtin_convertvector(__builtin_convertvector(eight, Words), Floats) * with;
+                    }
+                    float all = total_of(sum);
+                    for (; k < p->group; k++) all += (float)trit[k] * x[k];
+                    y[m] += scale * all;
                 }
             }
         }

@@ -13,6 +13,7 @@ typedef struct {
     int64_t vectors, rows, columns, code_bytes, count;
     int length, first_bits, rest_bits;
     int stride;  // of a vector in its table: its length, or what a register holds, of copies with room behind them
+    const float *floats[2];  // the tables in fp32, for plain C
     const float *inputs;  // [count, columns]
     float *out;  // [count, rows], added to
     char *room;  // of each thread: a row of indices, and bytes of unpacked codes
@@ -42,27 +43,48 @@ INLINE void add_vector(const Vectors *p, int64_t row, int64_t m, const float *y)
     for (int64_t i = 0; i < n; i++) p->out[m * p->rows + row * p->length + i] += y[i];
 }
 
-INLINE void any_rows(const Vectors *p, int64_t begin, int64_t end, int64_t first, int tile, char *room) {
+// In plain C the tables are fp32, 8 or 16 numbers a vector, the last of them zeros.
+INLINE void float_rows(const Vectors *p, int64_t begin, int64_t end, int64_t first, const int tile, const int halves,
+                       char *room) {
     int32_t *index = (int32_t *)room;
     const int32_t mask = (1 << p->first_bits) - 1;
     for (int64_t row = begin; row < end; row++) {
         indices(p, row, index, (uint8_t *)(index + p->columns));
-        float y[TILE][LONGEST] = {{0}};
-        for (int64_t k = 0; k < p->columns; k++) {
-            const uint16_t *one = p->table + (int64_t)(index[k] & mask) * p->stride;
-            float w[LONGEST];
-            for (int i = 0; i < p->length; i++) w[i] = float_of_half(one[i]);
-            if (p->second) {
-                const uint16_t *two = p->second + (int64_t)(index[k] >> p->first_bits) * p->stride;
-                for (int i = 0; i < p->length; i++) w[i] += float_of_half(two[i]);
+        Floats sum[TILE][2];
+        for (int m = 0; m < tile; m++) sum[m][0] = sum[m][1] = (Floats){0};
+        for (int64_t k = 0; k < p->columns; k++)
+            for (int h = 0; h < halves; h++) {
+                Floats w, more;
+                memcpy(&w, p->floats[0] + ((int64_t)(index[k] & mask) * halves + h) * 8, 32);
+                if (p->second) {
+                    memcpy(&more, p->floats[1] + ((int64_t)(index[k] >> p->first_bits) * halves + h) * 8, 32);
+                    w += more;
+                }
+                for (int m = 0; m < tile; m++) sum[m][h] += w * p->inputs[(first + m) * p->columns + k];
             }
-            for (int m = 0; m < tile; m++) {
-                const float x = p->inputs[(first + m) * p->columns + k];
-                for (int i = 0; i < p->length; i++) y[m][i] += w[i] * x;
-            }
+        for (int m = 0; m < tile; m++) {
+            float y[LONGEST];
+            memcpy(y, sum[m], sizeof y);
+            add_vector(p, row, first + m, y);
         }
-        for (int m = 0; m < tile; m++) add_vector(p, row, first + m, y[m]);
     }
+}
+
+INLINE void any_rows(const Vectors *p, int64_t begin, int64_t end, int64_t first, int tile, char *room) {
+    for (int m = 0; m < tile; m++)
+        if (p->length > 8)
+            float_rows(p, begin, end, first + m, 1, 2, room);
+        else
+            float_rows(p, begin, end, first + m, 1, 1, room);
+}
+
+static float *as_padded_floats(const uint16_t *table, int64_t entries, int length) {
+    const int64_t stride = length > 8 ? 16 : 8;
+    float *made = (float *)aligned((size_t)(entries * stride) * 4);
+    for (int64_t i = 0; made && i < entries; i++)
+        for (int64_t j = 0; j < stride; j++)
+            made[i * stride + j] = j < length ? float_of_half(table[i * length + j]) : 0.0f;
+    return made;
 }
 
 static void rows_portable(const Vectors *p, int64_t begin, int64_t end, int64_t first, int tile, char *room) {
@@ -179,19 +201,27 @@ EXPORT int posttrain_vector_product(const uint8_t *codes, const uint16_t *table,
     if (!p.room) return NO_MEMORY;
     p.stride = length;
     VectorRows kernel = rows_portable;
-    uint16_t *copies[2] = {NULL, NULL};
+    const int64_t entries[2] = {(int64_t)1 << first_bits, rest_bits ? (int64_t)1 << rest_bits : 0};
+    void *copies[2] = {NULL, NULL};
     int failed = DONE;
 #if X86
     if (level >= AVX2) kernel = rows_avx2;
     if (level >= AVX512) {
         kernel = rows_avx512;
         if (length != 8 && length != 16) {
-            copies[0] = with_room(p.table, (int64_t)1 << first_bits, length), p.table = copies[0];
-            if (p.second) copies[1] = with_room(p.second, (int64_t)1 << rest_bits, length), p.second = copies[1];
+            copies[0] = with_room(table, entries[0], length), p.table = (const uint16_t *)copies[0];
+            if (rest_bits) copies[1] = with_room(second, entries[1], length), p.second = (const uint16_t *)copies[1];
             failed = copies[0] && (!rest_bits || copies[1]) ? DONE : NO_MEMORY;
         }
     }
 #endif
+    if (level < AVX512) {
+        for (int i = 0; i < (rest_bits ? 2 : 1); i++) {
+            copies[i] = as_padded_floats(i ? second : table, entries[i], length);
+            p.floats[i] = (const float *)copies[i];
+            if (!copies[i]) failed = NO_MEMORY;
+        }
+    }
     const Task task = {&p, kernel};
     if (!failed) for_rows(body, &task, p.vectors, threads);
     free(p.room), free(copies[0]), free(copies[1]);
