@@ -10,7 +10,7 @@ WORKERS ?= 2
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/.base  ## post-train SmolLM2-135M on arithmetic and prove that it got better (about 10 minutes on two cores)
+demo: $(VENV)/.base  ## post-train SmolLM2-135M on arithmetic and prove that it got better (10 to 15 minutes on two cores)
 	@$(BIN)/posttrain run examples/demo.yaml
 
 test: $(VENV)/.test  ## the test suite, without the browser test

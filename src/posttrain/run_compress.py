@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from posttrain.compress.calibrate import calibration_batches
+from posttrain.compress.measure import mean_error, model_bytes
 from posttrain.compress.pipeline import Progress, check
 from posttrain.compress.policy import CompressedPolicy, compressed_copy
 from posttrain.compress.walk import Batch
@@ -44,7 +44,7 @@ def compress_stage(
         "method": stage.method.name,
         "bits": round(done.bits, 4),
         "layers": len(done.layers),
-        "error": round(sum(layer.error for layer in done.layers) / max(1, len(done.layers)), 4),
+        "error": round(mean_error(made), 4),
         "bytes_before": model_bytes(policy.base),
         "bytes_after": model_bytes(made.base),
         "tokens": sum(batch["input_ids"].numel() for batch in batches) if stage.method.uses_data else 0,
@@ -69,12 +69,6 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.2f} GB"
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of a model's tensors on disk, each storage once."""
-    found = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
-    return sum(found.values())
 
 
 def _batches(stage: CompressSpec, policy: CausalPolicy, task: Task | None, seed: int) -> list[Batch]:

@@ -195,7 +195,7 @@ def importances(
         told = {"qk": (q * k).abs(), "q": q.abs(), "k": k.abs(), "random": k[:, :, :1]}[statistic]
         _, before, count = found.get(id(module), (module, 0.0, 0))
         found[id(module)] = (module, before + told.sum((0, 2)), count + told.shape[0] * told.shape[2])
-        return dense(module, query, key, value, attention_mask, **options)
+        return _attended(module, query, key, value, attention_mask, options), None
 
     AttentionInterface.register(WATCHING, watch)
     with implementation(attention_configs(model), WATCHING):
@@ -233,43 +233,31 @@ def sparse_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """A decode step (one query, several keys) is sparse, all else dense. Labels are taken from the cached keys anew:
     the tokens are those of the embedded engine, which keeps labels, and only there less is read.
     """
-    choice = getattr(module, "token_choice", None)
-    if choice is None or query.shape[2] > 1 or key.shape[2] == 1:
-        return dense(module, query, key, value, attention_mask, scaling, softcap, **options)
-    _known(options)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    visible = _visible(module, query, key, attention_mask, options)
-    found = choice.attend(query, key, value, choice.labels(key), visible, scale, softcap)
-    return found.transpose(1, 2).contiguous(), None
+    decoding = query.shape[2] == 1 and key.shape[2] > 1
+    choice = getattr(module, "token_choice", None) if decoding else None
+    return _attended(module, query, key, value, attention_mask, options, choice), None
 
 
-def dense(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Plain attention in the form that the interface has."""
-    _known(options)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    visible = _visible(module, query, key, attention_mask, options)
-    return attend(query, key, value, visible, scale, softcap).transpose(1, 2).contiguous(), None
-
-
-def _known(options: dict[str, Any]) -> None:
+def _attended(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any],
+    choice: Any = None,
+) -> Tensor:  # fmt: skip
+    """`[rows, Q, heads, width]`: attention to the tokens that `choice` takes, to all of them without one."""
     if any(options.get(name) is not None for name in ("s_aux", "position_bias")):
         raise PosttrainError("attention sinks and position biases are not known here; double sparsity has neither")
+    scaling, softcap = options.get("scaling"), options.get("softcap")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    visible = _visible(module, query, key, mask, options)
+    if choice is None:
+        found = attend(query, key, value, visible, scale, softcap)
+    else:
+        found = choice.attend(query, key, value, choice.labels(key), visible, scale, softcap)
+    return found.transpose(1, 2).contiguous()
 
 
 def _visible(

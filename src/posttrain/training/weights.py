@@ -87,7 +87,23 @@ class CubicSparsity:
 
 
 @dataclass
-class PruneAndRegrow:
+class Masks:
+    """Which weights are there, by the parameters' names: what rules that mask have in common."""
+
+    masks: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def metrics(self) -> dict[str, float]:
+        return {"sparsity": sparsity_of(self.masks)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"mask/{name}": mask for name, mask in self.masks.items()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.masks = {name: tensors[f"mask/{name}"].to(mask.device) for name, mask in self.masks.items()}
+
+
+@dataclass
+class PruneAndRegrow(Masks):
     r"""GraNet: every Δt steps the smallest weights of all layers go, to a sparsity that grows, and then as many of each
     layer's smallest again as come back where the gradient is largest.
 
@@ -107,7 +123,6 @@ class PruneAndRegrow:
     least: float = 0.005
     total: int = field(default=1, init=False, repr=False, compare=False)
     done: int = field(default=0, init=False, repr=False, compare=False)
-    masks: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.regrow < 1:
@@ -155,15 +170,6 @@ class PruneAndRegrow:
                 self.masks[name] = regrown(weight, self.masks[name], gradients[name], share)
         apply_masks(optimizer, self.masks)
 
-    def metrics(self) -> dict[str, float]:
-        return {"sparsity": sparsity_of(self.masks)}
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {f"mask/{name}": mask for name, mask in self.masks.items()}
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.masks = {name: tensors[f"mask/{name}"].to(mask.device) for name, mask in self.masks.items()}
-
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done}
 
@@ -186,10 +192,8 @@ class PruneAndRegrow:
 
 
 @dataclass
-class KeepZeros:
+class KeepZeros(Masks):
     """Weights of linear layers that are 0 when the stage begins stay 0: a model that was pruned stays so."""
-
-    masks: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def settled(self) -> bool:
@@ -203,15 +207,6 @@ class KeepZeros:
 
     def updated(self, optimizer: MasterAdamW, gradients: Mapping[str, Tensor]) -> None:
         apply_masks(optimizer, self.masks)
-
-    def metrics(self) -> dict[str, float]:
-        return {"sparsity": sparsity_of(self.masks)}
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {f"mask/{name}": mask for name, mask in self.masks.items()}
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.masks = {name: tensors[f"mask/{name}"].to(mask.device) for name, mask in self.masks.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -102,8 +101,3 @@ def from_written(described: dict[str, Any]) -> PackedWeight:
     if name not in FORMATS:
         raise unknown("weight format", name, FORMATS)
     return FORMATS[name].empty((shape[0], shape[1]), **settings)
-
-
-def as_float(weight: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dequantized matrix in a dtype."""
-    return weight.dequantize().to(dtype)
