@@ -20,8 +20,8 @@ test-browser: $(VENV)/.browser  ## open a report in headless Chromium (needs chr
 	$(BIN)/python -m pytest -m browser tests/report
 
 lint: $(VENV)/.lint  ## ruff, mypy, and the table of rooms
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check --no-cache src tests benchmarks
+	$(BIN)/ruff format --no-cache --check src tests benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from block_models import first_block, logits, model_of, same
 from torch import nn
 
+from block_models import first_block, logits, model_of, same
 from posttrain.compress.fold import Pair, change, parameters
 from posttrain.compress.stacks import stacks
 from posttrain.compress.structure import Structure, foldable, gain_offset, norm_outputs, structure

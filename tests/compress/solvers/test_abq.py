@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_blocks import GROUP, compressed, packed, text, tiny, walk, weights
 
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.packed.levels import LevelsWeight
@@ -14,6 +13,7 @@ from posttrain.compress.solvers.attention_maps import probabilities, watched_att
 from posttrain.compress.solvers.omniquant import ClippedRange, LearnedClipping
 from posttrain.compress.solvers.reconstruct import Known
 from posttrain.compress.walk import run
+from tiny_blocks import GROUP, compressed, packed, text, tiny, walk, weights
 
 
 def test_two_bits_have_five_levels_around_zero() -> None:

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_blocks import GROUP, compressed, packed, text, tiny, walk, weights
 
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.packed.uniform import UniformWeight
 from posttrain.compress.solvers.fisher import next_token_losses
 from posttrain.compress.solvers.l4q import MergedAdapter, MergedFineTuning, _MergedProduct, first_levels
 from posttrain.trajectory import PosttrainError
+from tiny_blocks import GROUP, compressed, packed, text, tiny, walk, weights
 
 GRID = Uniform(3, GROUP, "float")
 
