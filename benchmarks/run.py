@@ -194,7 +194,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--repetitions", type=int, default=3, help="of ours and TRL in turn (default 3)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before the clock starts, at least 1 (default 1)")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps a measurement (default 3)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps a measurement (default 2)")
     parser.add_argument("--no-screen", dest="screen", action="store_false", help="do not try every arm of TRL first")
     parser.add_argument("--quick", action="store_true", help="one repetition of one step, no screening: does it run?")
     parser.add_argument("--model", default="smollm2-135m", help="a bundled model or a folder (default smollm2-135m)")
