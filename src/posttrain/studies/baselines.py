@@ -17,7 +17,7 @@ from posttrain.training.stage import source_for
 STALE = {"updates": 4, "minibatches": 2, "steps": 60}
 
 
-def gradient_spread(seed: int, quick: bool, *, method: Method, model: str, batches: int) -> Measured:
+def gradient_spread(seed: int, quick: bool, *, method: Method, model: str, batches: int, preset: str) -> Measured:
     """Spread of a method's gradient over batches of fresh rollouts, by the same policy, which is never updated.
 
     `noise`: the unbiased variance of a batch's gradient, summed over the parameters. `spread`: the same over the
@@ -25,7 +25,7 @@ def gradient_spread(seed: int, quick: bool, *, method: Method, model: str, batch
     """
     from posttrain import lab
 
-    policy, task = lab.model("tiers"), lab.task("tiers")
+    policy, task = lab.model(preset), lab.task(preset)
     if quick:
         batches = 4
     source = source_for(policy, method, task, seed=seed)
@@ -50,11 +50,12 @@ def gradient_spread(seed: int, quick: bool, *, method: Method, model: str, batch
     return Measured({"spread": float(noise / signal.clamp(min=1e-12)), "noise": float(noise)}, rollouts=rollouts)
 
 
-def _spread(method: Method) -> Arm:
+def spread(method: Method, preset: str = "tiers", **settings: int) -> Arm:
+    """An arm that measures the spread of a method's gradient at the preset's model."""
     from posttrain import lab
 
-    one = in_lab(method, updates=1, steps=100)
-    arguments = {"method": one, "model": lab.preset("tiers").key, "batches": 60}
+    one = in_lab(method, updates=1, steps=100, **settings)
+    arguments = {"method": one, "model": lab.preset(preset).key, "batches": 60, "preset": preset}
     return Arm(gradient_spread, arguments, (Batch, source_for))
 
 
@@ -75,11 +76,11 @@ def reward_baselines() -> Study:
         claim="The baselines of OPO, ReMax and OTB lower the variance of the policy gradient.",
         setting="lab model tiers, no training: 60 batches of 16 prompts x 8 completions a seed, equal for all arms.",
         arms={
-            "none": _spread(methods.reinforce("none")),
-            "group mean": _spread(methods.reinforce("group")),
-            "opo": _spread(methods.opo()),
-            "remax": _spread(methods.remax()),
-            "otb": _spread(methods.otb(clip=1e9)),
+            "none": spread(methods.reinforce("none")),
+            "group mean": spread(methods.reinforce("group")),
+            "opo": spread(methods.opo()),
+            "remax": spread(methods.remax()),
+            "otb": spread(methods.otb(clip=1e9)),
         },
         expectations=rules,
         seeds=5,
