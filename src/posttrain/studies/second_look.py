@@ -196,7 +196,7 @@ def reward_baselines_worked() -> Study:
     """Baselines where four answers in ten are right, and completions differ in length.
 
     As the study `reward-baselines`, at the lab model `working`, which is right in about 42 % and writes about 17
-    tokens. On `tiers`, where answers have four and success depends on the tier, OPO's and ReMax's baselines added noise.
+    tokens. On `tiers`, whose answers have four, OPO's and ReMax's baselines added noise.
 
     Rule, fixed before the run, as there: each baseline's noise is lower than without one.
     """
