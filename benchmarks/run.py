@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.measurement import Arm, Measurement, Task
 from benchmarks.summary import CaseResult, fastest, record
-from benchmarks.workload import CASES, Case
+from benchmarks.workload import CASES, MAIN, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = (Arm("fp32"), Arm("bf16"))
@@ -191,7 +191,7 @@ def rounded(value: Any) -> Any:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Speed and memory beside TRL.")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(MAIN))
     parser.add_argument("--repetitions", type=int, default=3, help="of ours and TRL in turn (default 3)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before the clock starts, at least 1 (default 1)")
     parser.add_argument("--steps", type=int, default=2, help="timed steps a measurement (default 2)")

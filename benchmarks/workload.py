@@ -48,14 +48,16 @@ CASES = {
         Case("sft", batch=8, target=3, passes=3, learning_rate=1e-5),
         Case("dpo", batch=4, target=3, passes=4, learning_rate=1e-6),
         Case("grpo", batch=8, target=4, passes=4, learning_rate=1e-6, group=8, max_tokens=24),
+        Case("long-prompt", batch=1, target=4, passes=4, learning_rate=1e-6, group=16, max_tokens=32),
     )
 }
+MAIN = ("sft", "dpo", "grpo")  # what a run measures unless it is told otherwise
 
 
 def rows_of(case: Case, steps: int, seed: int = 0) -> list[Row]:
     """The rows of `steps` steps, in the order both sides take them: conversations, as both sides read them."""
     draw = random.Random(seed)
-    make = {"sft": _demonstration, "dpo": _preference, "grpo": _sum}[case.name]
+    make = {"sft": _demonstration, "dpo": _preference, "grpo": _sum, "long-prompt": _far_sum}[case.name]
     return [make(draw) for _ in range(steps * case.batch)]
 
 
@@ -95,6 +97,15 @@ def _sum(draw: random.Random) -> Row:
     answer = terms[0] + sum(t if s == "+" else -t for s, t in zip(signs, terms[1:], strict=True))
     question = str(terms[0]) + "".join(f" {s} {t}" for s, t in zip(signs, terms[1:], strict=True))
     return {"prompt": _user(f"Calculate {question}. Give only the number."), "answer": answer}
+
+
+def _far_sum(draw: random.Random) -> Row:
+    """A sum behind about 500 tokens of other problems."""
+    sum_ = _sum(draw)
+    words: list[str] = []
+    while len(words) < 330:
+        words += _Problem(draw).question.split()
+    return {**sum_, "prompt": _user(f"{' '.join(words[:330])} {sum_['prompt'][0]['content']}")}
 
 
 def _user(text: str) -> list[dict[str, str]]:
