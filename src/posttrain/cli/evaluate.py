@@ -35,10 +35,40 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option(metavar="MODEL|FILE.json", help="Compare with another model, or with a file written.")
     ] = None,
+    decoding: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="AXIS=V,V...",
+            help="How the accuracy takes to decoding: values of temperature, top_k, top_p, min_p or max_tokens, e.g. "
+            "temperature=0.3,0.7,1; take several samples.",
+            show_default=False,
+        ),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Of --decoding: write heat maps and curves as a page.")
+    ] = None,
 ) -> None:
-    """Measure a model on the held-out problems of a task."""
+    """Measure a model on the held-out problems of a task.
+
+    With --decoding it is decoded in many ways, with the same random numbers, and beside another model (the float one of
+    a quantized one, say) also compared by the distance of their next-token distributions.
+    """
     from posttrain.evaluation.evaluation import compare
     from posttrain.evaluation.tasks import task_from
+    from posttrain.trajectory import PosttrainError
+
+    if decoding:
+        from posttrain.cli.decoding import evaluate_decoding
+
+        if k != "1":
+            raise PosttrainError(f"--k {k}: pass@k is not measured along --decoding; leave one of them out")
+        evaluate_decoding(
+            model, task_from(inline("--task", task)), decoding, against=against, samples=samples, holdout=holdout,
+            max_tokens=max_tokens, temperature=temperature, seed=seed, output=output, page=page,
+        )  # fmt: skip
+        return
+    if page is not None:
+        raise PosttrainError(f"--page {page} is of --decoding; give that too, or leave it out")
 
     measure = _Measure(task_from(inline("--task", task)), samples, holdout, max_tokens, temperature, _ks(k), seed)
     written = _read(Path(against)) if against is not None and against.endswith(".json") else None

@@ -102,7 +102,7 @@ def predict(
     kls: list[Tensor] = []
     counts: list[Tensor] = []
     done, total = 0, sum(len(group) for group in groups)
-    for part in _batches(groups):
+    for part in batches(groups):
         batch = Batch.of(part)
         found = _likelihood(policy, batch)
         losses.append(-batch.mean(found.logp.double()).cpu())
@@ -128,7 +128,7 @@ def perplexity(policy: CausalPolicy, text: str, *, length: int | None = None, mo
     return predict(policy, windows(tokens, length or min(2048, policy.max_length), most)).perplexity
 
 
-def _batches(groups: Sequence[Group]) -> Iterator[list[Group]]:
+def batches(groups: Sequence[Group]) -> Iterator[list[Group]]:
     """Windows together as long as they hold at most `TOKENS` tokens."""
     if not groups:
         raise PosttrainError("no window to predict; expected text")

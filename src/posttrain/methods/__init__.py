@@ -32,6 +32,7 @@ from posttrain.methods.policy_gradient import (
     reinforce_plus_plus,
     rloo,
 )
+from posttrain.methods.precision import llm_int8, reduced_precision
 from posttrain.methods.preference import (
     apo_down,
     apo_zero,
@@ -115,6 +116,7 @@ __all__ = [
     "kl_cov",
     "kto",
     "l4q",
+    "llm_int8",
     "lsq",
     "luffy",
     "magnitude",
@@ -144,6 +146,7 @@ __all__ = [
     "quarot",
     "raft",
     "recap",
+    "reduced_precision",
     "registered",
     "reinforce",
     "reinforce_ada",

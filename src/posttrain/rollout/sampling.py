@@ -33,10 +33,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
 
     Raises PosttrainError where a row has a NaN, an infinite logit, or no token that is allowed.
     """
-    scaled = logits
-    if sampling.temperature not in (0, 1):
-        # relative to the largest, so that a small temperature cannot overflow
-        scaled = (logits - logits.amax(-1, keepdim=True)).div_(sampling.temperature)
+    scaled = _scaled(logits, sampling.temperature)
     normaliser = torch.logsumexp(scaled, -1)
     if not bool(torch.isfinite(normaliser).all()):
         raise PosttrainError(
@@ -56,6 +53,24 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
     place = _invert((kept - kept_normaliser[:, None]).exp_(), uniform)[:, None]
     chosen = kept.gather(1, place)[:, 0]
     return Draw(index.gather(1, place)[:, 0], chosen - kept_normaliser, chosen - normaliser)
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """`[rows, vocab]`: the distribution that `draw` draws from; at temperature 0, all of it on the likeliest token."""
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    scaled = _scaled(logits, sampling.temperature)
+    if not sampling.truncated:
+        return scaled.softmax(-1)
+    kept, index = _truncate(scaled, torch.logsumexp(scaled, -1), sampling)
+    return torch.zeros_like(logits).scatter_(-1, index, kept.softmax(-1))
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    if temperature in (0, 1):
+        return logits
+    # relative to the largest, so that a small temperature cannot overflow
+    return (logits - logits.amax(-1, keepdim=True)).div_(temperature)
 
 
 def _truncate(scaled: Tensor, normaliser: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from posttrain.models.causal import CausalPolicy, evaluating
+from posttrain.models.simulated import linear_layers
 from posttrain.objective.batch import Batch, Totals
 from posttrain.objective.estimator import Loss, Objective
 from posttrain.objective.likelihood import Likelihood
@@ -137,6 +139,8 @@ class Trainer:
                 f"{name}: evaluate_every is {settings.evaluate_every} and nothing is held out; give a task, or heldout "
                 f"with the data"
             )
+        if self.method.precision is not None:
+            linear_layers(self.policy)  # refuses a model that has none
 
     def _attach(self) -> None:
         """Show an online source what its strategy and shapings may look at; each run has a copy of their state."""
@@ -221,7 +225,7 @@ class Trainer:
         begun = time.perf_counter()
         batch = Batch.of(collected.groups)
         batch.step, batch.total = self.progress.step, self.total
-        with torch.no_grad(), evaluating(self.policy.model):  # dropout is for the updates alone
+        with torch.no_grad(), evaluating(self.policy.model), self._precision():  # dropout is for the updates alone
             supply(
                 self._signals, batch, collected.groups, self.policy, self.reference, self.critic, self.teacher,
                 temperature=self._temperature, budget=self.settings.token_budget,
@@ -230,10 +234,11 @@ class Trainer:
         rate = learning_rate(self.settings, self.progress.step, self.total)
         sums: dict[str, tuple[float, float]] = {}
         losses, norms = [], []
-        for part in self._updates(batch):
-            loss, norm = self._update(part, rate, sums)
-            losses.append(loss)
-            norms.append(norm)
+        with self._precision():
+            for part in self._updates(batch):
+                loss, norm = self._update(part, rate, sums)
+                losses.append(loss)
+                norms.append(norm)
         if self.reference is not None:
             self.reference.follow(self.policy, self.progress.step + 1)
         tokens = sum(len(t) for t in batch.tokens)
@@ -251,6 +256,11 @@ class Trainer:
             "update_seconds": seconds,
             "skipped": self.progress.skipped,
         }
+
+    def _precision(self) -> AbstractContextManager[None]:
+        """The precision in which the policy's linear layers multiply in a `with` block."""
+        precision = self.method.precision
+        return precision.applied(self.policy) if precision is not None else nullcontext()
 
     def _updates(self, batch: Batch) -> list[Batch]:
         """The minibatches of every pass over a step's rollouts, in an order fixed by seed and step."""

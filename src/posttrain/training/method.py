@@ -9,6 +9,7 @@ from typing import Literal
 
 from posttrain.data.sampler import Sampler, Shuffled
 from posttrain.models.causal import CausalPolicy
+from posttrain.models.simulated import SimulatedPrecision
 from posttrain.objective.estimator import Objective
 from posttrain.objective.mixture import Mixture
 from posttrain.reward.shaping import Shaping
@@ -35,6 +36,8 @@ class Method:
         stays as it was at the stage's start.
     teacher: another policy (an id, a folder, or one that is loaded) for parts that look at one.
     normaliser: what gradients are divided by. weight_rule: what is done to weights after each update.
+    precision: in which the linear layers multiply while the policy is updated (rollouts and evaluations are drawn from
+        the policy as it is); None is the model's own.
     replay_experts: for mixtures of experts, whose routing the updates follow: that of the `trainer` before the step's
         first update, or of the `sampler` (the engine that drew the completions); None leaves it to the routers.
     arguments: what the method function was called with (for reports).
@@ -54,6 +57,7 @@ class Method:
     teacher: str | Path | CausalPolicy | None = None
     normaliser: Normaliser | None = None
     weight_rule: WeightRule | None = None
+    precision: SimulatedPrecision | None = None
     replay_experts: Literal["trainer", "sampler"] | None = None
     arguments: dict[str, object] = field(default_factory=dict)
 
