@@ -2,6 +2,7 @@
 
 An episode ends when the environment says so, at its last turn, when a completion is cut off, or when the model's
 context has no room for another turn. What the world says after the last turn is not kept: nobody answers it.
+Processes that train together share the prompts out, and each of them then has all groups.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from posttrain.processes import here
 from posttrain.rollout.engine import Engine, Progress
 from posttrain.rollout.environment import Environment, SingleTurn
+from posttrain.rollout.exchange import exchanged, shares
 from posttrain.trajectory import Completion, Finish, Group, Prompt, Sampling, Trajectory
 
 
@@ -36,7 +39,31 @@ def rollout(
     environment: Environment | None = None,
     progress: Progress | None = None,
 ) -> list[Group]:
-    """Play `samples` episodes for each prompt. Every group holds its prompt and unscored trajectories."""
+    """Play `samples` episodes for each prompt. Every group holds its prompt and unscored trajectories.
+
+    Of several processes each plays those of its share of the prompts; all must ask for the same.
+    """
+    if not here().several:
+        return play(engine, prompts, samples, sampling, seed, environment, progress)
+    mine = shares(prompts, here().world)[here().rank]
+    own = [prompts[i] for i in mine]
+    groups = play(engine, own, samples, sampling, seed, environment, progress) if own else []
+    return exchanged(groups, prompts)
+
+
+def play(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    samples: int,
+    sampling: Sampling,
+    seed: int,
+    environment: Environment | None = None,
+    progress: Progress | None = None,
+) -> list[Group]:
+    """`rollout` by this process alone, or by the workers of its engine."""
+    if hasattr(engine, "play"):  # elsewhere, with the environment
+        groups: list[Group] = engine.play(prompts, samples, sampling, seed, environment, progress)
+        return groups
     world = SingleTurn() if environment is None else environment
     context: int | None = getattr(engine, "max_length", None)
     episodes = [[_Episode(p, p.tokens) for _ in range(samples)] for p in prompts]

@@ -1,13 +1,18 @@
-"""AdamW on fp32 master weights, gradients summed in fp32, clipping, schedules."""
+"""AdamW on fp32 master weights, gradients summed in fp32 (also over processes), clipping, schedules."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from posttrain.models.sharded import is_piece, piece
+from posttrain.processes import add
+from posttrain.training.checkpoint import Part, Stored
+from posttrain.training.parallel import add_gradients, part_of, stored
 from posttrain.training.settings import Settings
 from posttrain.trajectory import PosttrainError
 
@@ -30,22 +35,25 @@ class MasterAdamW:
     A low-precision parameter has an fp32 master copy: updates smaller than its spacing in bf16 (most of them, at usual
     learning rates) would otherwise be lost. Gradients of micro-batches are added in fp32 as soon as a parameter's is
     ready, so a low-precision gradient lives only for a moment.
+
+    Of a parameter that is spread over processes the master is this process's rows themselves, in its memory.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], settings: Settings) -> None:
         self.names, self.parameters = [list(x) for x in zip(*named, strict=True)]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters]
+        self.masters = [_master(p) for p in self.parameters]
         decay = [m for m in self.masters if m.ndim > 1]
         plain = [m for m in self.masters if m.ndim <= 1]
         groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        held = self.masters[0].device.type != "meta"  # a plan's rehearsal is of tensors that hold nothing
         self.adam = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=settings.learning_rate, betas=settings.betas, fused=True
+            [g for g in groups if g["params"]], lr=settings.learning_rate, betas=settings.betas, fused=held
         )
         self.max_grad_norm, self.skip_grad_norm = settings.max_grad_norm, settings.skip_grad_norm
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._collector(m))
             for p, m in zip(self.parameters, self.masters, strict=True)
-            if m is not p
+            if m is not p and not is_piece(p)
         ]
 
     @staticmethod
@@ -64,8 +72,7 @@ class MasterAdamW:
         """Clip and update; returns the gradient norm before clipping. Nothing changes if that is not
         `usable`."""
         with_grad = [m for m in self.masters if m.grad is not None]
-        gradients = [m.grad for m in with_grad if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self._norm()
         if self.usable(float(norm)):
             if self.max_grad_norm:
                 torch.nn.utils.clip_grads_with_norm_(with_grad, self.max_grad_norm, norm)
@@ -83,9 +90,17 @@ class MasterAdamW:
     @torch.no_grad()
     def publish(self) -> None:
         """Copy the masters into the model's parameters."""
-        pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        own = zip(self.parameters, self.masters, strict=True)
+        pairs = [(p, m) for p, m in own if p is not m and not is_piece(p)]
         if pairs:
             torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+
+    def reduce(self) -> None:
+        """Make the gradients those of all processes together; each has added up those of its own micro-batches."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if is_piece(parameter) and parameter.grad is not None:  # summed as it was spread
+                master.grad, parameter.grad = piece(parameter.grad), None
+        add_gradients([m for p, m in zip(self.parameters, self.masters, strict=True) if not is_piece(p)])
 
     def only(self, wanted: Callable[[str], bool]) -> None:
         """Drop the gradients of all parameters but those with a wanted name: the others stay as they are."""
@@ -117,7 +132,16 @@ class MasterAdamW:
 
     def gradient_norm(self) -> float:
         """Norm of the gradients summed so far."""
-        return float(torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None]))
+        return float(self._norm())
+
+    def _norm(self) -> Tensor:
+        """0-d; what is spread counts in all processes, and what each has a copy of once."""
+        graded = [(p, m.grad) for p, m in zip(self.parameters, self.masters, strict=True) if m.grad is not None]
+        norm = torch.nn.utils.get_total_norm([g for p, g in graded if not is_piece(p)])
+        if any(is_piece(p) for p in self.parameters):
+            spread = torch.nn.utils.get_total_norm([g for p, g in graded if is_piece(p)])
+            norm = (norm.to(spread.device) ** 2 + add(spread.double() ** 2)).sqrt().float()
+        return norm
 
     def zero(self) -> None:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -129,28 +153,42 @@ class MasterAdamW:
         for hook in self._hooks:
             hook.remove()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | Part]:
         """Everything a checkpoint needs: master weights and moments by parameter name."""
-        found: dict[str, Tensor] = {}
-        for name, master in zip(self.names, self.masters, strict=True):
-            found[f"weight/{name}"] = master.detach()
-            for key, value in self.adam.state.get(master, {}).items():
-                found[f"{key}/{name}"] = value
+        found: dict[str, Tensor | Part] = {}
+        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
+            part = part_of(parameter)
+            for key, value in {"weight": master.detach(), **self.adam.state.get(master, {})}.items():
+                spread = isinstance(part, Part) and value.ndim
+                found[f"{key}/{name}"] = replace(part, rows=value) if isinstance(part, Part) and spread else value
         return found
 
     @torch.no_grad()
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` gave."""
-        for name, master in zip(self.names, self.masters, strict=True):
-            kept = tensors.get(f"weight/{name}")
-            if kept is None or kept.shape != master.shape:
-                found = "nothing" if kept is None else f"shape {list(kept.shape)}"
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `tensors` gave, however many processes it was."""
+        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
+            key = f"weight/{name}"
+            shape = None
+            if key in tensors:
+                shape = tensors.shape(key) if isinstance(tensors, Stored) else tuple(tensors[key].shape)
+            if shape != tuple(parameter.shape):
+                found = "nothing" if shape is None else f"shape {list(shape)}"
                 raise PosttrainError(
-                    f"the checkpoint holds {found} for {name}; expected {list(master.shape)}: it is of another model"
+                    f"the checkpoint holds {found} for {name}; expected {list(parameter.shape)}: it is of another model"
                 )
-            master.copy_(kept)
-            state = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                     if f"{key}/{name}" in tensors}  # fmt: skip
+            master.copy_(stored(tensors, key, parameter))
+            moments = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
+            state = {
+                key: tensors[f"{key}/{name}"] if key == "step" else stored(tensors, f"{key}/{name}", parameter)
+                for key in moments
+            }
             if state:
                 self.adam.state[master] = {key: t.to(master.device, copy=True) for key, t in state.items()}
         self.publish()
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    """What the optimizer updates for a parameter, fp32."""
+    if is_piece(parameter):
+        return piece(parameter).requires_grad_()
+    return parameter if parameter.dtype == torch.float32 else parameter.detach().float().requires_grad_()

@@ -5,7 +5,7 @@ They are computed over the whole step before its first update, without gradient,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +15,14 @@ from torch import Tensor
 
 from posttrain.models.causal import CausalPolicy
 from posttrain.models.load import load
+from posttrain.models.sharded import ShardedPolicy, parameters_of, piece
 from posttrain.objective.batch import Batch
 from posttrain.objective.divergence import Need
 from posttrain.objective.likelihood import Likelihood
+from posttrain.processes import add
+from posttrain.training.checkpoint import Part
 from posttrain.training.critic import ValueHead
+from posttrain.training.parallel import experts_of_all, micro_batches, part_of, stored
 from posttrain.trajectory import Group, PosttrainError, Trajectory
 
 
@@ -38,6 +42,13 @@ class Reference:
         self.policy, self.decay, self.every = policy, decay, every
         self.copy = None if policy.adapted else policy.frozen_copy()
 
+    def spread(self, twin: ShardedPolicy) -> None:
+        """Spread it over the processes, as the policy is whose twin is given."""
+        if self.copy is None:
+            self.policy = twin
+        else:
+            self.copy = ShardedPolicy(self.copy)
+
     @torch.no_grad()
     def follow(self, policy: CausalPolicy, step: int = 0) -> None:
         """After the update number `step` (from 1): reference = decay * reference + (1 - decay) * policy, where there is
@@ -47,25 +58,25 @@ class Reference:
         if decay is None:
             return
         assert self.copy is not None
-        theirs = dict(policy.model.named_parameters())
-        mine = list(self.copy.model.named_parameters())
-        torch._foreach_lerp_([p for _, p in mine], [theirs[n].detach() for n, _ in mine], 1 - decay)
+        theirs = parameters_of(policy)
+        mine = [(name, piece(p)) for name, p in parameters_of(self.copy).items()]
+        torch._foreach_lerp_([p for _, p in mine], [piece(theirs[n]).detach().to(p.dtype) for n, p in mine], 1 - decay)
 
     @property
     def follows(self) -> bool:
         return self.decay is not None or self.every is not None
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | Part]:
         """What a checkpoint must hold: nothing of a reference that stays as it was."""
         if self.copy is None or not self.follows:
             return {}
-        return {f"reference/{name}": p.detach() for name, p in self.copy.model.named_parameters()}
+        return {f"reference/{name}": part_of(p) for name, p in parameters_of(self.copy).items()}
 
     @torch.no_grad()
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         if self.copy is not None and self.follows:
-            for name, parameter in self.copy.model.named_parameters():
-                parameter.copy_(tensors[f"reference/{name}"])
+            for name, parameter in parameters_of(self.copy).items():
+                piece(parameter).copy_(stored(tensors, f"reference/{name}", parameter))
 
     @contextmanager
     def active(self) -> Iterator[CausalPolicy]:
@@ -78,14 +89,17 @@ class Reference:
 
 
 def per_token(batch: Batch, budget: int, compute: Callable[[Batch], Tensor]) -> Tensor:
-    """Compute a `[M]` array of the whole batch in micro-batches, without gradient, on the CPU."""
-    result = torch.empty(batch.target.numel())
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), batch.lengths.cumsum(0)])
-    for sequences in batch.partition(budget, keep_groups=False):
-        index = torch.cat([torch.arange(int(starts[s]), int(starts[s + 1])) for s in sequences.tolist()])
+    """Compute a `[M]` array of the whole batch in micro-batches, without gradient, on the CPU.
+
+    Several processes compute some of them each, and each gets the whole array.
+    """
+    result = torch.zeros(batch.target.numel())
+    for part in micro_batches(batch, budget, keep_groups=False):
         with torch.no_grad():
-            result[index] = compute(batch.select(sequences)).float().cpu()
-    return result
+            values = compute(batch.select(part.sequences)).float().cpu()
+        if part.counts:
+            result[batch.tokens_of(part.sequences)] = values
+    return add(result)
 
 
 def supply(
@@ -174,8 +188,8 @@ def logp_and_experts(
         return found.logp
 
     logp = per_token(batch, budget, compute)
-    order = torch.cat(batch.partition(budget, keep_groups=False)).argsort()  # in which they were computed
-    return logp, [sent[i] for i in order.tolist()]
+    order = [s for part in micro_batches(batch, budget, keep_groups=False) for s in part.sequences.tolist()]
+    return logp, experts_of_all(batch, dict(zip(order, sent, strict=True)))
 
 
 def mismatched(groups: Sequence[Group], limit: int) -> Batch:
