@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from posttrain.models.layers import Forward, replaced, replacements
 from posttrain.models.packing import Bucket, Layout
+from posttrain.native import library, softmax
 
 NAME = "posttrain"
 LONG = 1024  # from this many keys on, the tiled kernel of torch beats products of small matrices
@@ -96,6 +98,8 @@ def attention_forward(
     """
     if attention_mask is not None or any(options.get(name) is not None for name in ("s_aux", "position_bias")):
         raise NotImplementedError("attention sinks, biases and a model's own masks are not supported in packed rows")
+    if getattr(module, "attention_rounding", None) is not None:  # which the model's own attention function heeds
+        raise NotImplementedError("rounded attention is not computed in packed rows")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     window = int(sliding_window) if sliding_window else None
     layer = int(getattr(module, "layer_idx", None) or 0)
@@ -159,33 +163,49 @@ class _GroupedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    def scores(q: Tensor, k: Tensor) -> Tensor:
+        """Products of queries and keys, `[batch, heads, queries, keys]`."""
         batch, heads, rows, width = q.shape
-        kv = k.shape[1]
-        scores = (q.reshape(batch, kv, -1, width) @ k.transpose(-1, -2)).float().view(batch, heads, rows, -1)
+        return (q.reshape(batch, k.shape[1], -1, width) @ k.transpose(-1, -2)).view(batch, heads, rows, -1)
+
+    @staticmethod
+    def weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """Attention weights in fp32, by PyTorch alone."""
+        scores = _GroupedAttention.scores(q, k).float()
         # one pass in place scales and masks; filling by mask, or adding tensors of two dtypes, is several times slower
         bias = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, float("-inf"))
         torch.add(bias, scores, alpha=scale, out=scores)
-        return torch.softmax(scores, -1).view(batch, kv, -1, k.shape[2])
+        return torch.softmax(scores, -1)
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        weights = _GroupedAttention.weights(q, k, mask, scale)
-        out = (weights.to(v.dtype) @ v).view(*q.shape[:3], v.shape[-1])
+        native = library.there_for(q, k, v) and mask.shape[1] == 1
+        if native:
+            weights = softmax.attention_weights(_GroupedAttention.scores(q, k), mask, scale)
+        else:
+            weights = _GroupedAttention.weights(q, k, mask, scale)
+        stacked = weights.to(v.dtype).view(len(q), k.shape[1], -1, k.shape[2])
+        out = (stacked @ v).view(*q.shape[:3], v.shape[-1])
         ctx.save_for_backward(q, k, v, mask, out)
-        ctx.scale = scale
+        ctx.scale, ctx.native = scale, native
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k, v, mask, out = ctx.saved_tensors
         batch, kv = k.shape[:2]
-        weights = _GroupedAttention.weights(q, k, mask, ctx.scale)
         stacked = grad.reshape(batch, kv, -1, v.shape[-1])
-        d_v = weights.to(v.dtype).transpose(-1, -2) @ stacked
-        d_scores = (stacked @ v.transpose(-1, -2)).float()
-        d_scores.sub_((grad.float() * out.float()).sum(-1).view(batch, kv, -1, 1)).mul_(weights)
-        low = d_scores.to(q.dtype)
+        back = stacked @ v.transpose(-1, -2)
+        dot = (grad.float() * out.float()).sum(-1)
+        if ctx.native:
+            weights, low = _GroupedAttention.scores(q, k), back
+            softmax.attention_gradients(weights, mask, low.view(weights.shape), dot, ctx.scale)
+            weights = weights.view(back.shape)
+        else:
+            weights = _GroupedAttention.weights(q, k, mask, ctx.scale).view(back.shape)
+            low = back.float().sub_(dot.view(batch, kv, -1, 1)).mul_(weights).to(q.dtype)
+            weights = weights.to(v.dtype)
+        d_v = weights.transpose(-1, -2) @ stacked
         d_q = (low @ k).mul_(ctx.scale).view(q.shape)
         d_k = (low.transpose(-1, -2) @ q.reshape(batch, kv, -1, q.shape[-1])).mul_(ctx.scale)
         return d_q, d_k, d_v, None, None
@@ -193,7 +213,8 @@ class _GroupedAttention(torch.autograd.Function):
 
 @contextmanager
 def packed_attention(model: nn.Module) -> Iterator[None]:
-    """Let the model use the registered function inside the block, and its own outside.
+    """Let the model use the registered function inside the block, and its own outside; and the row-wise functions for
+    its norms and gated units.
 
     Layers under gradient checkpointing are computed again in the backward pass, when the block is over; they use the
     registered function then, too.
@@ -201,16 +222,16 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention_forward)
-    configs = attention_configs(model)
+    configs, rowwise = attention_configs(model), replacements(model)
     checkpoints = [
         (m, function)
         for m in model.modules()
         if (function := m.__dict__.get("_gradient_checkpointing_func")) is not None
     ]
     for module, function in checkpoints:
-        module._gradient_checkpointing_func = partial(_checkpoint, function, configs)  # type: ignore[assignment]
+        module._gradient_checkpointing_func = partial(_checkpoint, function, configs, rowwise)  # type: ignore[assignment]
     try:
-        with implementation(configs):
+        with implementation(configs), replaced(rowwise):
             yield
     finally:
         for module, function in checkpoints:
@@ -236,9 +257,15 @@ def implementation(configs: list[Any], name: str = NAME) -> Iterator[None]:
             config._attn_implementation = own
 
 
-def _checkpoint(checkpoint: Callable[..., Any], configs: list[Any], layer: Callable[..., Any], *args: Any) -> Any:
+def _checkpoint(
+    checkpoint: Callable[..., Any],
+    configs: list[Any],
+    rowwise: list[tuple[nn.Module, Forward]],
+    layer: Callable[..., Any],
+    *args: Any,
+) -> Any:
     def packed_layer(*inputs: Any) -> Any:
-        with implementation(configs):
+        with implementation(configs), replaced(rowwise):
             return layer(*inputs)
 
     return checkpoint(packed_layer, *args)

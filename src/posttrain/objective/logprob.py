@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from posttrain.native import library, softmax
+
 CHUNK_ELEMENTS = 1 << 25  # gradients of logits held at a time: 64 MiB in bf16
 SOFTMAX_ELEMENTS = 1 << 22  # of which this many are in the softmax at a time: 16 MiB in fp32
 Divergence = Literal["forward", "reverse"]
@@ -45,6 +47,11 @@ class Head:
         if self.temperature != 1:
             logits /= self.temperature
         return logits
+
+    @property
+    def factor(self) -> float | None:
+        """What multiplies `hidden @ weight.T` to give the logits; None where there is more to do than to multiply."""
+        return None if self.bias is not None or self.softcap is not None else self.scale / self.temperature
 
     @torch.no_grad()
     def collision(self, hidden: Tensor) -> Tensor:
@@ -138,7 +145,19 @@ class _Fused(torch.autograd.Function):
         rows: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         lse, logp, ent, div = (hidden.new_zeros(len(hidden), dtype=_wide(hidden.dtype)) for _ in range(4))
+        ctx.set_materialize_grads(False)  # what nobody differentiates (entropy as a mere metric) costs nothing
+        ctx.settings = (head, reference, divergence, rows)
         inner = _softmax_rows(weight, rows)
+        factor = head.factor
+        ctx.native = factor is not None and library.there_for(hidden, weight)
+        if ctx.native and factor is not None and not entropy and reference is None:
+            for start in range(0, len(hidden), inner):
+                part = slice(start, start + inner)
+                product = hidden[part] @ weight.T
+                lse[part] = softmax.log_sum(product, factor)
+                logp[part] = product.gather(1, target[part, None])[:, 0].float() * factor - lse[part]
+            ctx.save_for_backward(hidden, weight, bias, target, lse, ent, div)
+            return logp, ent, div
         for start in range(0, len(hidden), inner):
             part = slice(start, start + inner)
             logits = head.logits(hidden[part])
@@ -154,14 +173,12 @@ class _Fused(torch.autograd.Function):
                 p = (logits - lse[part, None]).exp_()
                 ent[part] = lse[part] - p.mul_(logits).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, target, lse, ent, div)
-        ctx.settings = (head, reference, divergence, rows)
-        ctx.set_materialize_grads(False)  # what nobody differentiates (entropy as a mere metric) costs nothing
         return logp, ent, div
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_logp: Tensor | None, g_ent: Tensor | None, g_div: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, bias, *_ = ctx.saved_tensors
+        hidden, weight, bias, target, lse, *_ = ctx.saved_tensors
         head, _, _, rows = ctx.settings
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -172,12 +189,17 @@ class _Fused(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             h = hidden[start : start + rows]
             low = buffer[: len(h)]
-            for at in range(0, len(h), inner):
-                part = slice(start + at, min(start + at + inner, start + len(h)))
-                grad = head.pull_back(_logit_gradient(ctx, part, g_logp, g_ent, g_div), hidden[part])
-                if d_bias is not None:
-                    d_bias += grad.sum(0)
-                low[at : at + inner] = grad
+            if ctx.native and g_logp is not None and g_ent is None and g_div is None:
+                whole = slice(start, start + len(h))
+                torch.mm(h, weight.T, out=low)
+                softmax.logit_gradient(low, target[whole], lse[whole], g_logp[whole], head.scale / head.temperature)
+            else:
+                for at in range(0, len(h), inner):
+                    part = slice(start + at, min(start + at + inner, start + len(h)))
+                    grad = head.pull_back(_logit_gradient(ctx, part, g_logp, g_ent, g_div), hidden[part])
+                    if d_bias is not None:
+                        d_bias += grad.sum(0)
+                    low[at : at + inner] = grad
             if d_hidden is not None:
                 d_hidden[start : start + rows] = low @ weight
             if wants_weight:

@@ -19,7 +19,7 @@ from posttrain.models.packing import pack_prompts
 from posttrain.models.routing import Recorder, record_experts
 from posttrain.rollout.engine import Progress
 from posttrain.rollout.rows import Ending, Row, append, start_rows, uniforms
-from posttrain.rollout.sampling import draw
+from posttrain.rollout.sampling import draw_next
 from posttrain.rollout.slots import Slots
 from posttrain.trajectory import Completion, PosttrainError, Prompt, Sampling
 
@@ -103,7 +103,7 @@ class _Run:
             while self.waiting or self.running:
                 self._admit()
                 uniform = uniforms(self.running).to(self.hidden.device)
-                append(self.running, draw(self.head.logits(self.hidden), uniform, self.sampling))
+                append(self.running, draw_next(self.head, self.hidden, uniform, self.sampling))
                 self._retire(progress)
                 if self.running:
                     self._decode()

@@ -16,7 +16,7 @@ from torch import Tensor
 from posttrain.models.causal import CausalPolicy, evaluating
 from posttrain.rollout.engine import Progress
 from posttrain.rollout.rows import Ending, Row, append, start_rows, uniforms
-from posttrain.rollout.sampling import draw
+from posttrain.rollout.sampling import draw_next
 from posttrain.trajectory import Completion, PosttrainError, Prompt, Sampling
 
 CACHES = ("past_key_values", "cache_params")  # what models call the state they return and take again
@@ -71,7 +71,7 @@ class PlainEngine:
         states = out.last_hidden_state[:, -1]
         while True:
             live = [rows[i] for i in running]
-            append(live, draw(head.logits(states), uniforms(live).to(states.device), sampling))
+            append(live, draw_next(head, states, uniforms(live).to(states.device), sampling))
             for i in running:
                 if (finish := ending.finish(rows[i])) != "none":
                     completions[i] = ending.completion(rows[i], finish)

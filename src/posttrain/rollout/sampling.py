@@ -12,10 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from posttrain.native import library, softmax
+from posttrain.objective.logprob import Head
 from posttrain.trajectory import PosttrainError, Sampling
 
 BLOCK = 256  # the cumulative sum is taken over blocks of the vocabulary, then inside the chosen block
 CANDIDATES = (64, 512, 4096)  # how many of the likeliest tokens are looked at before the whole vocabulary is sorted
+NOT_FINITE = (
+    "the model's logits are not finite numbers, so no token can be drawn: its weights have diverged or overflow in "
+    "this precision; lower the learning rate, or load the model in fp32"
+)
 
 
 class Draw(NamedTuple):
@@ -28,6 +34,20 @@ class Draw(NamedTuple):
     logp_full: Tensor
 
 
+def draw_next(head: Head, hidden: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
+    """As `draw`, from the hidden states `[rows, width]` and the vocabulary projection: where nothing is cut off, the
+    logits are gone through in place, without a copy in fp32.
+    """
+    factor = head.factor
+    plain = sampling.temperature > 0 and not sampling.truncated
+    if not plain or factor is None or not library.there_for(hidden, head.weight):
+        return draw(head.logits(hidden), uniform, sampling)
+    token, logp = softmax.draw(hidden @ head.weight.T, uniform, factor / sampling.temperature)
+    if bool((token < 0).any()):
+        raise PosttrainError(NOT_FINITE)
+    return Draw(token, logp, logp)
+
+
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
     """Draw a token a row: logits `[rows, vocab]` fp32 (-inf forbids a token), uniform `[rows]` fp64 in [0, 1).
 
@@ -36,10 +56,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
     scaled = _scaled(logits, sampling.temperature)
     normaliser = torch.logsumexp(scaled, -1)
     if not bool(torch.isfinite(normaliser).all()):
-        raise PosttrainError(
-            "the model's logits are not finite numbers, so no token can be drawn: its weights have diverged or "
-            "overflow in this precision; lower the learning rate, or load the model in fp32"
-        )
+        raise PosttrainError(NOT_FINITE)
     if sampling.temperature == 0:
         token = scaled.argmax(-1)
         chosen = scaled.gather(1, token[:, None])[:, 0]

@@ -1,0 +1,67 @@
+"""Norms and gated units of a layer, with gradients: the row-wise functions as operations of PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from posttrain.native.library import call, threads
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x², last axis) + eps) * weight`, rounded to x's dtype before the product with the weight, as the
+    norms of `transformers` are.
+    """
+    found: Tensor = _RMSNorm.apply(x, weight, eps)
+    return found
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, the first factor rounded before the product."""
+    found: Tensor = _Gated.apply(gate, up)
+    return found
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        width = x.shape[-1]
+        rows = x.numel() // width
+        y, r = torch.empty_like(x), torch.empty(rows, device=x.device)
+        call("rms_norm", x.dtype, x, weight, y, r, rows, width, eps, count=threads(x.numel()))
+        ctx.save_for_backward(x, weight, r)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given: Tensor) -> tuple[Any, ...]:
+        x, weight, r = ctx.saved_tensors
+        width, count = x.shape[-1], threads(x.numel())
+        d_x, d_weight = torch.empty_like(x), torch.zeros(count, width, device=x.device)
+        call(
+            "rms_norm_back", x.dtype, given.contiguous(), x, weight, r, d_x, d_weight, len(r), width, count=count
+        )  # fmt: skip
+        return d_x, d_weight.sum(0).to(weight.dtype), None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y, width = torch.empty_like(gate), gate.shape[-1]
+        call("gated", gate.dtype, gate, up, y, gate.numel() // width, width, count=threads(gate.numel()))
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given: Tensor) -> tuple[Any, ...]:
+        gate, up = ctx.saved_tensors
+        d_gate, d_up, width = torch.empty_like(gate), torch.empty_like(up), gate.shape[-1]
+        rows, count = gate.numel() // width, threads(gate.numel())
+        call("gated_back", gate.dtype, given.contiguous(), gate, up, d_gate, d_up, rows, width, count=count)
+        return d_gate, d_up

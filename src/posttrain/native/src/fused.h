@@ -1,0 +1,68 @@
+/* Row-wise functions of training and sampling, each one pass over memory where PyTorch needs several.
+ *
+ * Numbers are fp32 or bf16 in memory and fp32 in arithmetic; where the plain path rounds to bf16 between two operations,
+ * so do these. Rows are shared among threads; a row is always computed by one, so results do not depend on their number
+ * (the weight gradient of a norm is summed thread by thread: it does, in its last bits). */
+#ifndef POSTTRAIN_FUSED_H
+#define POSTTRAIN_FUSED_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+typedef uint16_t bf16;
+
+static inline float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+static inline float widen(bf16 value) { return bits_to_float((uint32_t)value << 16); }
+
+/* to the nearest, ties to even; a NaN stays one */
+static inline bf16 narrow(float value) {
+  uint32_t bits = float_to_bits(value);
+  uint32_t nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  uint32_t nan = (bits >> 16) | 0x40;
+  return (bf16)((bits & 0x7fffffff) > 0x7f800000 ? nan : nearest);
+}
+
+/* e^x to about one unit in the last place; 0 below -87.3, where a float would lose digits; x is at most 88 */
+static inline float exponential(float x) {
+  const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+  float clamped = x < -87.3f ? -87.3f : x;
+  float n = (clamped * 1.44269504088896341f + magic) - magic;
+  float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  float scaled = p * bits_to_float((uint32_t)((int32_t)n + 127) << 23);
+  return x < -87.3f ? 0.0f : scaled;
+}
+
+static inline float sigmoid(float x) {
+  float e = exponential(x < 0.0f ? x : -x);
+  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+#endif
