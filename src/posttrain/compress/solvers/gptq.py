@@ -53,18 +53,20 @@ class GPTQ(LayerSolver):
             levels = [grid.fit(group) for group in weight.split(width, 1)]
             weight, hessian = weight[:, order], hessian[order][:, order]
         factor = inverse_factor(hessian, self.damping, name)
-        codes = torch.zeros(weight.shape, dtype=torch.int64)
+        places = list(range(columns)) if order is None else order.tolist()
+        codes = torch.zeros(columns, weight.shape[0], dtype=torch.int64)
 
         def round_column(column: int, now: Tensor, whole: Tensor) -> Tensor:
-            place = int(order[column]) if order is not None else column
+            place = places[column]
             if order is None and column % width == 0:
-                levels.append(grid.fit(whole[:, column : column + width]))
+                levels.append(grid.fit(whole[:, column : column + width].contiguous()))
             level = levels[place // width]
-            codes[:, place] = level.nearest(now)[:, 0]
-            return level.values(codes[:, place : place + 1])
+            found = level.nearest(now)
+            codes[place] = found[:, 0]
+            return level.values(found)
 
         feed_back(weight, factor, round_column, self.block, width if order is None and width < columns else 0)
-        return grid.pack(codes, levels)
+        return grid.pack(codes.T.contiguous(), levels)
 
 
 def feed_back(
@@ -82,23 +84,23 @@ def feed_back(
     (the columns of its group are up to date); returns the column's values. group: columns that are fitted together:
     blocks end where groups do, so that a group's levels never see stale weights.
     """
-    work, found = weight.clone(), torch.empty_like(weight)
-    columns = work.shape[1]
+    # columns lie one after the other in memory, as they are worked on
+    work = weight.T.clone(memory_format=torch.contiguous_format)
+    found, whole = torch.empty_like(work), work.T
+    diagonal, columns = factor.diag().tolist(), len(work)
     step = min(block, group) if group else block
     if group and group % step:
         step = group
     for start in range(0, columns, step):
         end = min(start + step, columns)
-        errors = work.new_empty(work.shape[0], end - start)
+        errors = work.new_empty(end - start, work.shape[1])
         for i in range(start, end):
-            now = work[:, i : i + 1]
-            found[:, i : i + 1] = round_column(i, now, work)
-            error = (now - found[:, i : i + 1]) / factor[i, i]
+            found[i] = round_column(i, work[i, :, None], whole)[:, 0]
+            error = torch.sub(work[i], found[i], out=errors[i - start]).div_(diagonal[i])
             if within:
-                work[:, i + 1 : end].addmm_(error, factor[i : i + 1, i + 1 : end], alpha=-1.0)
-            errors[:, i - start : i - start + 1] = error
-        work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1.0)
-    return found
+                work[i + 1 : end].addcmul_(factor[i, i + 1 : end, None], error[None], value=-1.0)
+        work[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1.0)
+    return found.T.contiguous()
 
 
 def prepared(weight: Tensor, moments: InputMoments, name: str) -> tuple[Tensor, Tensor]:
