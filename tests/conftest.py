@@ -17,14 +17,17 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer():
-    """A byte-level tokenizer of 259 tokens, whose pad token equals its end token (the case that trips trainers)."""
+def make_tokenizer(merges=()):
+    """A byte-level tokenizer of 259 tokens, whose pad token equals its end token (the case that trips trainers).
+
+    merges: pairs of tokens, each of which makes one more.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, *("".join(pair) for pair in merges)]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=list(merges)))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(

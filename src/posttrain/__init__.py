@@ -1,7 +1,7 @@
 """posttrain: post-training of language models on one objective with four interchangeable parts.
 
-`from posttrain import load, train, evaluate, compare, quantize, methods, tasks`. Names are imported on first use, so
-that importing the package, and `posttrain --help`, stay quick.
+`from posttrain import load, train, evaluate, compare, quantize, export, methods, tasks`. Names are imported on first
+use, so that importing the package, and `posttrain --help`, stay quick.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from posttrain.models.providers import PROVIDERS, READERS
 if TYPE_CHECKING:
     from posttrain import methods
     from posttrain.api import compare, evaluate, quantize, train
+    from posttrain.compress.export.exported import export
     from posttrain.evaluation import tasks
     from posttrain.evaluation.task import Task
     from posttrain.models.load import load
@@ -30,6 +31,7 @@ _WHERE = {
     "Task": "posttrain.evaluation.task:Task",
     "compare": "posttrain.api:compare",
     "evaluate": "posttrain.api:evaluate",
+    "export": "posttrain.compress.export.exported:export",
     "load": "posttrain.models.load:load",
     "methods": "posttrain.methods",
     "quantize": "posttrain.api:quantize",
@@ -43,6 +45,7 @@ __all__ = [
     "Task",
     "compare",
     "evaluate",
+    "export",
     "load",
     "methods",
     "quantize",

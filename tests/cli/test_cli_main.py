@@ -25,6 +25,7 @@ COMMANDS = [
     "chat",
     "quantize",
     "prune",
+    "export",
     "report",
     "methods",
     "methods list",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,15 +140,17 @@ def given_text(option: str, text: str) -> Text:
 
 def _output(asked: Asked) -> Path:
     """Where the folder will be; one that holds something is refused before anything is computed."""
-    import re
-
     from posttrain.trajectory import PosttrainError
 
-    slug = re.sub(r"[^a-zA-Z0-9.]+", "-", Path(asked.model).name).strip("-.") or "model"
-    folder = asked.output or Path("runs") / f"{slug}-{asked.method.lower()}"
+    folder = asked.output or Path("runs") / f"{slug(asked.model)}-{asked.method.lower()}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PosttrainError(f"--output {folder}: it exists already; choose another folder")
     return folder
+
+
+def slug(model: str) -> str:
+    """What a folder under `runs/` calls a model."""
+    return re.sub(r"[^a-zA-Z0-9.]+", "-", Path(model).name).strip("-.") or "model"
 
 
 def _tell(found: Measurement, calibrated_on: str, measured_on: str, folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from posttrain.cli import chat, compare, evaluate, methods, models, prune, quantize, report, run, study, train
+from posttrain.cli import chat, compare, evaluate, export, methods, models, prune, quantize, report, run, study, train
 from posttrain.cli.quiet import quiet
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -31,6 +31,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("quantize")(quantize.quantize)
 app.command("prune")(prune.prune)
+app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("compare")(compare.compare)
 app.command("study")(study.study)

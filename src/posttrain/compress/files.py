@@ -51,22 +51,34 @@ def save(policy: CausalPolicy, folder: str | Path, about: dict[str, Any] | None 
         PosttrainError: the folder holds something already; the disk is full or not writable.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PosttrainError(f"{folder} exists already; choose another folder for the compressed model")
-    target = folder.resolve()
-    with _scratch(target, folder) as scratch:
+    with new_folder(folder) as scratch:
         _write(policy, scratch, _summary(policy) if about is None else about)
+    return folder
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write in, which at the end is on the disk and takes its place."""
+    check_free(folder)
+    target = folder.resolve()
+    with beside(target, folder) as scratch:
+        yield scratch
         for file in (*scratch.iterdir(), scratch):
             sync(file)
         if target.exists():
             target.rmdir()
         scratch.rename(target)
         sync(target.parent)
-    return folder
+
+
+def check_free(folder: Path) -> None:
+    """PosttrainError where a folder is no new or empty one."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PosttrainError(f"{folder} exists already; choose another folder for the compressed model")
 
 
 @contextmanager
-def _scratch(target: Path, told: Path) -> Iterator[Path]:
+def beside(target: Path, told: Path) -> Iterator[Path]:
     """A folder to write in beside the target, gone at the end; what a killed process left there goes first."""
     scratch = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
@@ -85,14 +97,8 @@ def _scratch(target: Path, told: Path) -> Iterator[Path]:
 
 
 def _write(policy: CausalPolicy, folder: Path, about: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
-
     model: Any = policy.base
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config.pop("_name_or_path", None)
-    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
-    if outer is not None and outer.weight is not inner.weight:
-        config["tie_word_embeddings"] = False  # untied by a transform, whatever the model said before
+    config = plain_config(model)
     modules = dict(model.named_modules())
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
@@ -103,7 +109,25 @@ def _write(policy: CausalPolicy, folder: Path, about: dict[str, Any]) -> None:
         "attention": {n.rpartition(".")[0]: m.settings() for n, m in modules.items() if isinstance(m, ChosenTokens)},
         "biases": [n for n, m in modules.items() if type(m) is nn.Linear and m.bias is not None],
     }
-    save_file(_tensors(model), folder / WEIGHTS, metadata={"format": "pt"})
+    write_model(policy, folder, config, tensors(model))
+
+
+def plain_config(model: Any) -> dict[str, Any]:
+    """The model's configuration as JSON values, with what a transform has untied."""
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("_name_or_path", None)
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    if outer is not None and outer.weight is not inner.weight:
+        config["tie_word_embeddings"] = False  # whatever the model said before
+    return config
+
+
+def write_model(policy: CausalPolicy, folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """A folder as `transformers` has it: configuration, tensors, generation configuration and tokenizer."""
+    from safetensors.torch import save_file
+
+    model: Any = policy.base
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
@@ -116,7 +140,7 @@ def _described(layer: PackedLinear | TransformedLinear) -> dict[str, Any]:
     return {"weight": weight, "bias": layer.bias is not None, "inputs": steps.written(layer.inputs)}
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, each parameter once: one that is tied to another is left out, and tied again on loading."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     seen: set[tuple[int, torch.Size]] = set()
