@@ -134,6 +134,7 @@ def _opened(place: Place, value: Any) -> Any:
         return {}
     if isinstance(value, str) and place[:-1] == ("stages",):
         return {value: {}}
-    if isinstance(value, str) and place[-1] in ("model", "data"):
-        return {"id" if place[-1] == "model" else "source": value}
+    short = {"model": "id", "data": "source", "engine": "name"}
+    if isinstance(value, str) and place[-1] in short:
+        return {short[str(place[-1])]: value}
     return value

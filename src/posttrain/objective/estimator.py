@@ -159,6 +159,8 @@ class Objective:
             # KL(sampler || policy): staleness, and what the engine computes differently from the trainer
             apart = (batch.behaviour_logp_full - logp.detach())[sampled]
             metrics["sampler_kl"] = (float(apart.sum()), apart.numel())
+            # chi2(policy || sampler): the variance of the importance weights, in fp64 since they may be far apart
+            metrics["sampler_chi2"] = (float(torch.expm1(-apart.double()).square().sum()), apart.numel())
             if batch.old_logp is not None:  # the latter alone: both with the weights that sampled
                 apart = (batch.behaviour_logp_full - batch.old_logp)[sampled]
                 metrics["engine_kl"] = (float(apart.sum()), apart.numel())
