@@ -6,12 +6,12 @@ Every mistake (unknown key or method, wrong type, missing part) is one line that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, StrictBool
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from posttrain.data.formats import parse
 from posttrain.data.rows import BadRow
@@ -41,6 +41,8 @@ from posttrain.recipe_values import (
     named_in,
 )
 from posttrain.reward.reward import reward_from
+from posttrain.rollout.engine_choice import EngineChoice
+from posttrain.rollout.pool.cluster import Cluster
 from posttrain.training.method import Method, Pipeline, stages_of
 from posttrain.training.settings import NAMES
 from posttrain.trajectory import PosttrainError
@@ -70,6 +72,29 @@ class DataSpec(BaseModel):
     on_bad: Literal["stop", "skip"] = "stop"
     split: str = "train"
     heldout: Amount = 0.0
+
+
+class EngineSpec(BaseModel):
+    """engine: what draws completions, in training and evaluation (see `EngineChoice`)."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    python: str | None = None
+    exchange: str | None = None
+    options: dict[str, Any] = {}
+
+
+class ClusterSpec(BaseModel):
+    """cluster: draw and score completions on a Ray cluster (see `Cluster`)."""
+
+    model_config = ConfigDict(extra="forbid")
+    address: str = "local"
+    workers: Count = 2
+    cpus: Count = 1
+    gpus: Amount = 0.0
+    reward_workers: Annotated[int, Field(strict=True, ge=0)] = 0
+    piece: Count | None = None
+    working_dir: str | None = None
 
 
 class EvaluateSpec(BaseModel):
@@ -123,6 +148,8 @@ class Recipe:
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec)
     seed: int = 0
     output: Path | None = None
+    engine: EngineChoice = field(default_factory=EngineChoice)
+    cluster: Cluster | None = None
     where: Where = field(default_factory=Where, compare=False, repr=False)
 
     def built_task(self) -> Task | None:
@@ -156,6 +183,10 @@ class Recipe:
         found: dict[str, Any] = {"model": self.model.model_dump(exclude_none=True)}
         if self.task is not None:
             found["task"] = self.task if isinstance(self.task, str | Mapping) else getattr(self.task, "name", "task")
+        if self.cluster is not None:
+            found["cluster"] = {name: value for name, value in asdict(self.cluster).items() if value is not None}
+        if not self.engine.embedded:
+            found["engine"] = {name: value for name, value in vars(self.engine).items() if value}
         return found | {
             "stages": stages,
             "evaluate": self.evaluate.model_dump(exclude_none=True),
@@ -163,7 +194,7 @@ class Recipe:
         }
 
 
-KEYS = ("model", "task", "stages", "evaluate", "seed", "output")
+KEYS = ("model", "task", "stages", "evaluate", "engine", "cluster", "seed", "output")
 STAGE_KEYS = ("data", "reward")
 
 
@@ -212,9 +243,32 @@ def parse_recipe(values: Any, where: Where | None = None) -> Recipe:
     task = values.get("task")
     if not isinstance(task, str | Mapping | Task | None):
         raise where.error(("task",), f"task is {task!r}; expected a name, a file or a mapping")
-    recipe = Recipe(spec, parsed, task, evaluate, seed, Path(output) if output else None, where)
+    engine = engine_choice(values.get("engine"), where)
+    cluster = cluster_of(values.get("cluster"), where)
+    recipe = Recipe(spec, parsed, task, evaluate, seed, Path(output) if output else None, engine, cluster, where)
     check(recipe)
     return recipe
+
+
+def engine_choice(given: Any, where: Where | None = None) -> EngineChoice:
+    """The engine from its name, a URL, or a mapping with `name`; the embedded one for None."""
+    where = where or Where()
+    if given is None:
+        return EngineChoice()
+    spec = checked(EngineSpec, {"name": given} if isinstance(given, str) else given, ("engine",), where)
+    try:
+        return EngineChoice(**spec.model_dump())
+    except PosttrainError as error:
+        raise where.error(("engine",), str(error)) from None
+
+
+def cluster_of(given: Any, where: Where | None = None) -> Cluster | None:
+    """The cluster from its address or a mapping; None for none."""
+    if given is None:
+        return None
+    where = where or Where()
+    spec = checked(ClusterSpec, {"address": given} if isinstance(given, str) else given, ("cluster",), where)
+    return Cluster(**spec.model_dump())
 
 
 def check(recipe: Recipe) -> None:
@@ -226,6 +280,11 @@ def check(recipe: Recipe) -> None:
         raise where.error(("evaluate", "k"), f"pass@{max(spec.k)} needs samples: {max(spec.k)}; got {spec.samples}")
     if spec.samples > 1 and spec.temperature == 0:
         raise where.error(("evaluate", "temperature"), f"{spec.samples} samples at temperature 0 are all the same")
+    if recipe.cluster is not None and not recipe.engine.embedded:
+        name = recipe.engine.name
+        raise where.error(
+            ("cluster",), f"the workers of a cluster draw by the embedded engine; leave out engine: {name}"
+        )
     for i, stage in enumerate(recipe.stages):
         place: Place = stage.place or ("stages", i, stage.method.name)
         for before in recipe.stages[:i]:

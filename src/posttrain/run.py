@@ -1,13 +1,14 @@
 """A run: model, stages, evaluations before and after, carried out in a folder that holds all of it.
 
 Killed at any moment and run again with `resume`, it goes on from the newest checkpoint and ends in the same weights as
-a run that was never killed.
+a run that was never killed. Of several processes each carries out the same run; the first writes and speaks for all.
 """
 
 from __future__ import annotations
 
-import copy
 import errno
+import hashlib
+import json
 import shlex
 import shutil
 import signal
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from posttrain.compress.policy import CompressedPolicy
 from posttrain.data.dataset import Dataset, load_dataset
 from posttrain.evaluation.evaluate import evaluate
 from posttrain.evaluation.evaluation import Evaluation, compare
@@ -26,14 +28,16 @@ from posttrain.evaluation.task import Task
 from posttrain.models.adapters import add_lora
 from posttrain.models.causal import CausalPolicy
 from posttrain.models.load import load
+from posttrain.processes import agree, any_of, everyone, here, led, lost, same, start
 from posttrain.recipe import Recipe, StageSpec
 from posttrain.recipe_compress import CompressSpec
 from posttrain.report import build
 from posttrain.reward.reward import reward_from
 from posttrain.rollout.engine import Progress
-from posttrain.rollout.engine_choice import engine_for
+from posttrain.rollout.engine_choice import Engines, engine_for
+from posttrain.run_cluster import on_cluster, pooled
 from posttrain.run_compress import check_stage, compress_stage, in_words
-from posttrain.run_folder import FAILED, RunFolder, now
+from posttrain.run_folder import FAILED, RunFolder, now, plain
 from posttrain.terminal import Counter, printable
 from posttrain.training.collect import Offline, Online, Source
 from posttrain.training.loop import Trainer
@@ -76,6 +80,7 @@ def execute(
     show: bool = True,
     command: str | None = None,
     policy: CausalPolicy | None = None,
+    shard: bool | None = None,
 ) -> Run:
     """Carry out a recipe.
 
@@ -85,23 +90,38 @@ def execute(
             not exist yet is begun.
         show: progress on standard error.
         policy: a model that is already loaded, in place of the recipe's; to resume, as it was at the run's start.
+        shard: of several processes (torchrun, accelerate launch): spread the weights over them (FSDP2) instead of a
+            copy in each; None does what `accelerate launch --use_fsdp` says.
     Raises:
         PosttrainError: anything a user can mend; Interrupted after Ctrl-C.
     """
-    where = folder or recipe.output or _fresh_folder(recipe)
+    show = start(shard).main and show
+    same(_digest(recipe), "the recipe")
+    if here().several and not recipe.engine.embedded:
+        raise PosttrainError(f"engine {recipe.engine.name}: processes that train together draw with the embedded one")
+    where = Path(agree(str(folder or recipe.output or _fresh_folder(recipe))))
     say: Say = (lambda text: print(printable(text), file=sys.stderr, flush=True)) if show else (lambda text: None)
     task = recipe.built_task()
     with _room(where):
-        memory = RunFolder.open(where, recipe, resume=resume, command=command, task=task)
+        made = led(lambda: RunFolder.open(where, recipe, resume=resume, command=command, task=task))
+        if made is None and not (where / "run.json").is_file():
+            raise PosttrainError(f"{here()} does not see {where}; all must share it: choose another output")
+        memory = made or RunFolder.read(where)
         with memory.locked(), _stop_on_signal(say) as stop:
             try:
                 return _Execution(recipe, memory, task, say, show, stop).all(policy)
             except BaseException as error:
+                if lost(error):
+                    error = PosttrainError(
+                        f"another process has ended or cannot be reached, and the run with it; its own message says "
+                        f"why ({' '.join(str(error).split())[:200]}); {_how_to_go_on(where)}"
+                    )
                 # an interrupt in the middle of an import comes out of some libraries as another error
                 if isinstance(error, Interrupted | KeyboardInterrupt) or stop.interrupted:
                     with suppress(OSError):  # on a full disk, too, the user is told how to go on
                         memory.save(status="interrupted")
-                        build(where)
+                        if here().main:
+                            build(where)
                     if isinstance(error, Interrupted):
                         raise
                     raise Interrupted(f"stopped; what is finished is kept; {_how_to_go_on(where)}") from None
@@ -110,7 +130,7 @@ def execute(
                     memory.note(f"{FAILED}{str(error) or type(error).__name__}")
                     if not resume:
                         memory.discard_if_empty()
-                raise
+                raise error
 
 
 @contextmanager
@@ -124,6 +144,11 @@ def _room(folder: Path) -> Iterator[None]:
         raise PosttrainError(f"cannot write to {folder}: {error}; free some space and resume") from error
 
 
+def _digest(recipe: Recipe) -> str:
+    """Of what all processes must carry out."""
+    return hashlib.sha256(json.dumps(plain(recipe.resolved()), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _how_to_go_on(folder: Path) -> str:
     return f"go on with: posttrain run --resume {shlex.quote(str(folder))}"
 
@@ -135,7 +160,7 @@ def _fresh_folder(recipe: Recipe) -> Path:
     return next(path for path in taken if not path.exists())
 
 
-def resume_run(folder: str | Path, *, show: bool = True) -> Run:
+def resume_run(folder: str | Path, *, show: bool = True, shard: bool | None = None) -> Run:
     """Go on with the run in a folder, by the recipe that is kept there."""
     from posttrain.recipe import load_recipe
 
@@ -148,7 +173,7 @@ def resume_run(folder: str | Path, *, show: bool = True) -> Run:
             f"{folder} was started from Python with what its recipe.yaml cannot hold ({', '.join(held)}); "
             f"resume it there: train(..., folder={str(folder)!r}, resume=True)"
         )
-    return execute(load_recipe(folder / "recipe.yaml"), folder=folder, resume=True, show=show)
+    return execute(load_recipe(folder / "recipe.yaml"), folder=folder, resume=True, show=show, shard=shard)
 
 
 class _Execution:
@@ -157,8 +182,18 @@ class _Execution:
     def __init__(self, recipe: Recipe, memory: RunFolder, task: Task | None, say: Say, show: bool, stop: _Stop) -> None:
         self.recipe, self.memory, self.task = recipe, memory, task
         self.say, self.show, self.stop = say, show, stop
+        self.engines = Engines(recipe.engine, say)
 
     def all(self, policy: CausalPolicy | None) -> Run:
+        """Carry out what is left of the run; whatever happens, an engine that was started for it ends."""
+        try:
+            self.engines.check()
+            with on_cluster(self.recipe.cluster):
+                return self._all(policy)
+        finally:
+            self.engines.close()
+
+    def _all(self, policy: CausalPolicy | None) -> Run:
         last = len(self.recipe.stages) - 1
         done = self.memory.stages_done()
         policy = self._policy(done, policy)
@@ -179,7 +214,8 @@ class _Execution:
                 if self.stop():
                     name = self.recipe.stages[i].method.name
                     raise Interrupted(f"stopped after {name}, which is finished; {_how_to_go_on(self.memory.path)}")
-            shutil.rmtree(self.memory.stage(i) / "checkpoints", ignore_errors=True)
+            if here().main:
+                shutil.rmtree(self.memory.stage(i) / "checkpoints", ignore_errors=True)
             if i >= done:
                 self._evaluate(policy, i, f"after {self.recipe.stages[i].method.name}")
         before, after = self.memory.evaluation(-1), self.memory.evaluation(last)
@@ -187,7 +223,8 @@ class _Execution:
             if before is not None and after is not None:
                 self.memory.add_comparison(compare(before, after))
             self.memory.save(status="finished", finished=now())
-        return Run(self.memory.path, policy, build(self.memory.path), before, after)
+        report = led(lambda: build(self.memory.path)) or self.memory.path / "report.html"
+        return Run(self.memory.path, policy, report, before, after)
 
     def _policy(self, done: int, given: CausalPolicy | None) -> CausalPolicy:
         """The policy as the last finished stage left it."""
@@ -258,7 +295,11 @@ class _Execution:
         total = stage.method.settings.total_steps(source.rows)
         self.memory.values["stages"][i]["steps"] = total
         self.memory.save()
-        with Tracker(self.memory.path, i, name, total, show=self.show, keep=self.memory.note) as tracker:
+        place = self.memory.path if here().main else None
+        with (
+            Tracker(place, i, name, total, show=self.show, keep=self.memory.note) as tracker,
+            pooled(source, policy, self.recipe.cluster, self.say),
+        ):
             trainer = Trainer(
                 policy,
                 stage.method,
@@ -281,9 +322,11 @@ class _Execution:
             )
         if before is not None:
             self.memory.note(f"{name}: held-out loss {before:.4f} -> {heldout_loss(trainer, heldout):.4f}")
-        if isinstance(source, Online) and any(source.reward.errors.values()):
-            failed = ", ".join(f"{part} {count}" for part, count in source.reward.errors.items() if count)
-            note = f"{name}: rewards that raised: {failed}; the first: {source.reward.first_error}"
+        if not isinstance(source, Online):
+            return
+        told = everyone([source.reward.failures(), source.reward.first_error])  # each process scored some
+        if failed := "; ".join(failures for failures, _ in told if failures):
+            note = f"{name}: rewards that raised: {failed}; the first: {next(first for _, first in told if first)}"
             self.memory.note(note)
             self.say(note)
 
@@ -305,9 +348,8 @@ class _Execution:
             reward = reward_from(stage.reward)
         else:
             assert self.task is not None
-            reward = copy.copy(self.task.reward)  # to count the errors of training alone
-            reward.errors, reward.first_error = dict.fromkeys(reward.components, 0), None
-        engine = engine_for(policy, rows=settings.rollout_rows)
+            reward = self.task.reward.afresh()  # to count the failures of training alone
+        engine = self.engines.of(policy, settings.rollout_rows)
         environment = self.task.environment if self.task is not None else None
         return Online(prompts, sampler, settings, engine, reward, self.recipe.seed * 1_000 + i, environment), heldout
 
@@ -355,8 +397,10 @@ class _Execution:
         assert self.task is not None
         spec = self.recipe.evaluate
         temperature = spec.temperature if spec.temperature is not None else (0.0 if samples == 1 else 1.0)
+        # packed weights are no model of vLLM's
+        engine = engine_for(policy) if isinstance(policy, CompressedPolicy) else self.engines.of(policy)
         return evaluate(
-            engine_for(policy),
+            engine,
             policy.tokenizer,
             self.task,
             samples=samples,
@@ -402,7 +446,8 @@ class _Stop:
         self.until = ""  # what the work at hand goes on to, if it is patient
 
     def __call__(self) -> bool:
-        return self.asked
+        """Whether any process was asked to stop; all ask together."""
+        return any_of(self.asked)
 
     def signalled(self, number: int, frame: object) -> None:
         if self.asked or not self.until:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from posttrain.evaluation.choices import METRICS, Likelihood, choose, option_scores
 from posttrain.evaluation.evaluation import Evaluation
 from posttrain.evaluation.task import Task
+from posttrain.processes import here
+from posttrain.reward.reward import Answer
 from posttrain.rollout.engine import Engine, Progress
 from posttrain.rollout.rollout import rollout
 from posttrain.trajectory import Completion, PosttrainError, Prompt, Sampling, Trajectory
@@ -59,10 +61,13 @@ def evaluate(
     drawn = _sampling(task, samples, sampling)
     prompts = task.prompts(tokenizer, "heldout", limit)
     completions = _completions(engine, task, prompts, samples, drawn, seed, progress)
-    scores = [
-        [task.reward.score(prompt, c.text, tokens=len(c.tokens), finish=c.finish) for c in row]
+    answers = [
+        Answer(prompt, c.text, len(c.tokens), c.finish)
         for prompt, row in zip(prompts, completions, strict=True)
+        for c in row
     ]
+    scored = iter(task.reward.score_all(answers))
+    scores = [[next(scored) for _ in row] for row in completions]
     failures = [(name, message) for row in scores for score in row for name, message in score.errors.items()]
     return Evaluation(
         task=task.name,
@@ -94,7 +99,7 @@ def _completions(
     progress: Progress | None,
 ) -> list[list[Completion]]:
     """Completions, or the policy's part of whole episodes where the task has an environment."""
-    if task.environment is None:
+    if task.environment is None and not here().several:  # several processes share the problems out
         return engine.generate(prompts, samples, sampling, seed, progress)
     groups = rollout(engine, prompts, samples, sampling, seed, task.environment, progress)
     return [[_spoken(t) for t in group.trajectories] for group in groups]

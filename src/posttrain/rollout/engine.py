@@ -16,7 +16,8 @@ class Engine(Protocol):
 
     An engine whose model has a limited context says it as an attribute `max_length` (tokens of prompt and completion
     together); a rollout of several turns then ends an episode that has no room left. One that can say which experts it
-    sends tokens to has an attribute `experts` (bool) that switches it on.
+    sends tokens to has an attribute `experts` (bool) that switches it on. One that plays whole episodes elsewhere has
+    `play`, with the arguments of `rollout`, and `begin`, which does not wait for them (`pool.engine.PooledEngine`).
     """
 
     def generate(

@@ -163,8 +163,11 @@ class _Reader:
         kind = type(given)
         self.read(kind)
         if dataclasses.is_dataclass(given):
-            kept = [field.name for field in dataclasses.fields(given) if field.compare]  # the others are caches
-            state = {name: getattr(given, name, None) for name in kept}
+            kept = [f for f in dataclasses.fields(given) if f.compare]  # the others are caches
+            state = {f.name: getattr(given, f.name, None) for f in kept}
+            for f in kept:  # one that came later, and has its default, leaves what was found before as it is
+                if f.metadata.get("later") and state[f.name] == f.default:
+                    del state[f.name]
             return {"object": _name(kind), "state": self.value(state)}
         try:
             reducer = copyreg.dispatch_table.get(kind)

@@ -16,6 +16,8 @@ from posttrain.rollout.context import StepContext
 from posttrain.rollout.engine import Engine, Progress
 from posttrain.rollout.environment import Environment
 from posttrain.rollout.strategy import Plain, Strategy
+from posttrain.training.ahead import Ahead
+from posttrain.training.parallel import score_shared
 from posttrain.training.settings import Settings
 from posttrain.trajectory import Group, PosttrainError, Prompt
 
@@ -64,7 +66,7 @@ class Offline:
 class Online:
     """Rollouts on `settings.batch` prompts a step, by a strategy, scored by the reward, shaped.
 
-    The training loop attaches what strategy and shapings may look at.
+    They are begun `settings.staleness` steps ahead. The training loop attaches what strategy and shapings may look at.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Online:
     ) -> None:
         self.prompts, self.sampler, self.settings = prompts, sampler, settings
         self.engine, self.reward, self.seed, self.environment = engine, reward, seed, environment
+        self.ahead = Ahead(prompts, settings.staleness)
         self.attach(Plain(), ())
 
     def attach(
@@ -104,14 +107,15 @@ class Online:
         admitted: list[Group] = []
         seen: list[Group] = []
         figures: dict[str, float] = {}
-        taken = 0
         begun = time.perf_counter()
         rollouts = self._survey(step, progress, figures)
         for round_ in range(MAX_ROUNDS):
-            rows = self.sampler.take(wanted - len(admitted))
-            taken += len(rows)
             context = self._context(step, round_, progress, figures)
-            fresh = self.strategy([self.prompts[i] for i in rows], context)
+            if round_ == 0 and self.settings.staleness:
+                fresh = self._drawn_ahead(wanted, context)
+            else:
+                rows = self.sampler.take(wanted - len(admitted))
+                fresh = self.strategy([self.prompts[i] for i in rows], context)
             for shape in self.shaping:
                 shape(fresh, context)
             rollouts += context.sampled
@@ -131,6 +135,19 @@ class Online:
         # nothing admitted after all rounds: the step goes on with what there is, and its gradient is zero
         return Collected(admitted or seen[:wanted], metrics, rollouts)
 
+    def _drawn_ahead(self, wanted: int, context: StepContext) -> list[Group]:
+        """The step's scored groups, of weights that are `staleness` updates old."""
+
+        def of(step: int) -> StepContext:
+            return self._context(step, 0, None, {})
+
+        drawn = self.ahead.next(context.step, self.total, lambda: self.sampler.take(wanted), of)
+        groups = drawn.underway.groups(context.progress)
+        context.sampled += drawn.sampled
+        context.score(groups)
+        context.metrics["staleness"] = float(min(context.step, self.settings.staleness))
+        return groups
+
     def _survey(self, step: int, progress: Progress | None, figures: dict[str, float]) -> int:
         """Let a sampler that chooses by what the policy can do try the prompts; returns how many were drawn for it."""
         if not hasattr(self.sampler, "survey"):
@@ -147,7 +164,7 @@ class Online:
             engine=self.engine,
             sampling=self.settings.sampling,
             group=self.settings.group,
-            score=self.reward.score_groups,
+            score=score_shared(self.reward.score_groups),
             seed=(self.seed * 1_000_003 + step) * MAX_ROUNDS + round_,
             policy=self.policy,
             reference=self.reference,

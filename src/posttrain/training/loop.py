@@ -1,7 +1,8 @@
 """The one training loop, for every method, online and offline.
 
 A step: collect groups, supply the signals the objective needs, set the advantages over the whole step, then update
-(once or several times, in minibatches, each accumulated over micro-batches that fit the token budget).
+(once or several times, in minibatches, each accumulated over micro-batches that fit the token budget). Of several
+processes each takes the same step and computes its share of it (see `parallel`).
 """
 
 from __future__ import annotations
@@ -19,16 +20,30 @@ import torch
 from torch import Tensor
 
 from posttrain.models.causal import CausalPolicy, evaluating
+from posttrain.models.sharded import Sharded, piece
 from posttrain.models.simulated import linear_layers
 from posttrain.objective.batch import Batch, Totals
 from posttrain.objective.estimator import Loss, Objective
 from posttrain.objective.likelihood import Likelihood
+from posttrain.processes import add_up, agree, any_of, here, same
 from posttrain.rollout.engine import keep_experts
+from posttrain.rollout.strategy import Plain
 from posttrain.training import checkpoint
+from posttrain.training.ahead import corrects
 from posttrain.training.collect import Collected, Offline, Online, Source
 from posttrain.training.critic import ValueHead
 from posttrain.training.method import Method
 from posttrain.training.optim import MasterAdamW, learning_rate
+from posttrain.training.parallel import (
+    Piece,
+    check_batch,
+    checksum,
+    micro_batches,
+    part_of,
+    seed_step,
+    stored,
+    summed,
+)
 from posttrain.training.signals import Reference, full_reference, load_teacher, supply
 from posttrain.training.track import Tracker
 from posttrain.trajectory import PosttrainError
@@ -67,6 +82,8 @@ class Trainer:
     """Trains one policy by one method.
 
     folder: where checkpoints go (None for none). stop: asked between steps; True ends the stage with a checkpoint.
+    Where weights are spread over processes `policy` has its own for rollouts and at the end alone, and `learner` is the
+    one that is updated; else they are one.
     """
 
     def __init__(
@@ -97,7 +114,12 @@ class Trainer:
         self.total = self.settings.total_steps(source.rows)
         self._attach()
         self.critic = self._make_critic() if method.critic else None
-        named = policy.trainable_parameters()
+        self.sharded = Sharded(policy) if here().sharded else None
+        self.learner = policy if self.sharded is None else self.sharded.twin
+        self._opened = any(getattr(p, "reference", False) for p in (method.rollouts, *method.shaping))
+        if self.sharded is not None and self.reference is not None and not self._opened:
+            self.reference.spread(self.sharded.twin)
+        named = self.learner.trainable_parameters()
         if self.critic is not None:
             named += [(f"critic.{n}", p) for n, p in self.critic.named_parameters()]
         if not named:
@@ -113,6 +135,8 @@ class Trainer:
             self._signals = needs | {"old_logp"}
             if method.replay_experts == "trainer":  # before the only update there is nothing to replay
                 self._signals = self._signals | {"experts"}
+        if self._stale:
+            self._signals = self._signals - {"old_logp"}
 
     def _check(self) -> None:
         """What can never work is refused before anything is computed."""
@@ -130,6 +154,9 @@ class Trainer:
                 f"{name} judges an answer against other rows': it needs 2 rows a step; got batch {settings.batch} "
                 f"and {rows} row{'s' if rows != 1 else ''} of data"
             )
+        check_batch(name, settings, rows)
+        if here().sharded and self.method.weight_rule is not None:
+            raise PosttrainError(f"{name} masks whole weights, which are spread over processes; train without shard")
         if settings.patience and not settings.evaluate_every:
             raise PosttrainError(
                 f"{name}: patience is {settings.patience} and nothing is evaluated; set evaluate_every"
@@ -141,6 +168,30 @@ class Trainer:
             )
         if self.method.precision is not None:
             linear_layers(self.policy)  # refuses a model that has none
+
+        if settings.staleness:
+            self._check_ahead()
+
+    def _check_ahead(self) -> None:
+        """Refuse what cannot learn from completions of older weights."""
+        method, who = self.method, f"{self.method.name}: staleness is {self.settings.staleness}"
+        if not method.online:
+            raise PosttrainError(f"{who}; rows of a data set are not drawn ahead: set staleness: 0")
+        if not isinstance(method.rollouts, Plain) or hasattr(self.source.sampler, "survey"):
+            part = self.source.sampler if isinstance(method.rollouts, Plain) else method.rollouts
+            raise PosttrainError(
+                f"{who}; {type(part).__name__} looks at the present policy to draw, and cannot do it ahead: set "
+                f"staleness: 0"
+            )
+        if not corrects(self.objective):
+            raise PosttrainError(
+                f"{who}; its objective weighs a completion alike whatever policy drew it, which is right for fresh "
+                f"ones alone: take a method with a ratio, such as grpo, or set staleness: 0"
+            )
+
+    @property
+    def _stale(self) -> bool:
+        return self.settings.staleness > 0
 
     def _attach(self) -> None:
         """Show an online source what its strategy and shapings may look at; each run has a copy of their state."""
@@ -170,14 +221,14 @@ class Trainer:
     def run(self) -> Outcome:
         """Train to the end of the stage, resuming from the newest checkpoint in `folder` if there is one."""
         self._resume()
-        self.policy.model.train()
+        self.learner.model.train()
         status = "finished"
         try:
             while self.progress.step < self.total:
                 if self.stop():
                     status = "interrupted"
                     break
-                if self.spent():
+                if any_of(self.spent()):
                     status = "early"
                     break
                 self.advance()
@@ -191,8 +242,10 @@ class Trainer:
                 self.save()
             else:
                 self._restore_best()
+            if self.sharded is not None:
+                self.sharded.gather()
         finally:
-            self.policy.model.eval()
+            self.learner.model.eval()
             self.optimizer.close()
         return Outcome(status, self.progress)
 
@@ -209,7 +262,9 @@ class Trainer:
     def advance(self) -> dict[str, float]:
         """One step: collect, update, report. Returns the metrics."""
         begun = time.perf_counter()
-        collected = self.source.collect(self.progress.step, self.tracker.rollout)
+        seed_step(self.seed, self.progress.step)
+        with self._whole(isinstance(self.source, Online)):
+            collected = self.source.collect(self.progress.step, self.tracker.rollout)
         metrics = self.step(collected)
         self.progress.step += 1
         self.progress.rollouts += collected.rollouts
@@ -225,22 +280,33 @@ class Trainer:
         begun = time.perf_counter()
         batch = Batch.of(collected.groups)
         batch.step, batch.total = self.progress.step, self.total
-        with torch.no_grad(), evaluating(self.policy.model), self._precision():  # dropout is for the updates alone
+        if here().several:
+            same(checksum(batch), f"the rows or rewards of step {self.progress.step}")
+            seed_step(self.seed, self.progress.step, 1 + here().rank)
+        # dropout is for the updates alone
+        with torch.no_grad(), evaluating(self.learner.model), self._precision(), self._whole(self._opened):
             supply(
-                self._signals, batch, collected.groups, self.policy, self.reference, self.critic, self.teacher,
+                self._signals, batch, collected.groups, self.learner, self.reference, self.critic, self.teacher,
                 temperature=self._temperature, budget=self.settings.token_budget,
             )  # fmt: skip
+        if self._stale:  # the old policy is the one that drew them
+            batch.old_logp = batch.behaviour_logp_full
         self.objective.prepare(batch)
         rate = learning_rate(self.settings, self.progress.step, self.total)
         sums: dict[str, tuple[float, float]] = {}
         losses, norms = [], []
-        with self._precision():
+        with self._precision(), self.learner.recomputing(self.settings.checkpointing):
             for part in self._updates(batch):
                 loss, norm = self._update(part, rate, sums)
                 losses.append(loss)
                 norms.append(norm)
-        if self.reference is not None:
-            self.reference.follow(self.policy, self.progress.step + 1)
+        if self.reference is not None and self.reference.follows:
+            with self._whole(self._opened):
+                self.reference.follow(self.policy if self._opened else self.learner, self.progress.step + 1)
+        sums = summed(sums) if here().several else sums
+        figures = {name: total / count for name, (total, count) in sums.items() if count}
+        if "sampler_chi2" in figures:  # the effective sample size of the importance weights, as a share
+            figures["sampler_ess"] = 1 / (1 + figures["sampler_chi2"])
         tokens = sum(len(t) for t in batch.tokens)
         self.progress.tokens += tokens
         seconds = time.perf_counter() - begun
@@ -248,7 +314,7 @@ class Trainer:
             "loss": sum(losses) / len(losses),
             "grad_norm": sum(norms) / len(norms),
             "learning_rate": rate,
-            **{name: total / count for name, (total, count) in sums.items() if count},
+            **figures,
             **collected.metrics,
             **(self.weights.metrics() if self.weights is not None else {}),
             "tokens": self.progress.tokens,
@@ -257,10 +323,14 @@ class Trainer:
             "skipped": self.progress.skipped,
         }
 
+    def _whole(self, wanted: bool = True) -> AbstractContextManager[object]:
+        """Inside, `policy` has its weights, if it is wanted."""
+        return self.sharded.whole() if self.sharded is not None and wanted else nullcontext()
+
     def _precision(self) -> AbstractContextManager[None]:
         """The precision in which the policy's linear layers multiply in a `with` block."""
         precision = self.method.precision
-        return precision.applied(self.policy) if precision is not None else nullcontext()
+        return precision.applied(self.learner) if precision is not None else nullcontext()
 
     def _updates(self, batch: Batch) -> list[Batch]:
         """The minibatches of every pass over a step's rollouts, in an order fixed by seed and step."""
@@ -278,22 +348,27 @@ class Trainer:
     def _update(self, batch: Batch, rate: float, sums: dict[str, tuple[float, float]]) -> tuple[float, float]:
         """One optimizer step: accumulate over micro-batches, clip, update. Returns loss and gradient norm."""
         totals, value = batch.totals, 0.0
-        micros = batch.split(self.settings.token_budget, keep_groups=self.objective.keep_groups)
-        for micro in micros:
-            loss = self.loss(micro, totals)
-            value += float(loss.value)
-            if not math.isfinite(value):
+        pieces = micro_batches(batch, self.settings.token_budget, keep_groups=self.objective.keep_groups)
+        for part in pieces:
+            loss = self.loss(batch.select(part.sequences), totals)
+            value += float(loss.value) if part.counts else 0.0
+            if not math.isfinite(value) and self.sharded is None:
                 break  # the step is lost anyway; its gradient would be too, and its metrics
+            if not math.isfinite(value) or not part.counts:
+                (loss.surrogate * 0).backward()  # the others wait for this process at every layer
+                continue
             for name, (total, count) in loss.metrics.items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + total, before[1] + count)
             if loss.surrogate.requires_grad:
                 loss.surrogate.backward()
+        value = add_up(value)
         if not math.isfinite(value):
             self.optimizer.zero()
             self._skip(f"loss is {value}")
             return value, float("nan")
-        self._normalise(micros, totals)
+        self.optimizer.reduce()
+        self._normalise(batch, pieces, totals)
         if self.progress.step < self.method.critic_warmup:
             self.optimizer.only(lambda name: name.startswith("critic."))
         gradients = self.optimizer.gradients() if self.weights is not None else {}
@@ -306,18 +381,22 @@ class Trainer:
             self._skip(f"gradient norm is {norm}", "too large" if math.isfinite(norm) else "not finite")
         return value, norm
 
-    def _normalise(self, micros: list[Batch], totals: Totals) -> None:
+    def _normalise(self, batch: Batch, pieces: list[Piece], totals: Totals) -> None:
         """Divide the policy's gradient by what the method's normaliser makes of a second backward pass."""
         normaliser = self.method.normaliser
         if normaliser is None:
             return
         assert isinstance(self.objective, Objective)
         kept = self.optimizer.take_gradients()
-        for micro in micros:
-            micro = micro.to(self.policy.device)
-            second = normaliser.surrogate(self.objective, micro, self._likelihood(micro), totals)
+        for part in pieces:
+            micro = batch.select(part.sequences).to(self.policy.device)
+            likelihood = self._likelihood(micro)
+            second = normaliser.surrogate(self.objective, micro, likelihood, totals)
+            if self.sharded is not None and (second is None or not part.counts):
+                second = likelihood.logp.sum() * 0
             if second is not None:
                 second.backward()
+        self.optimizer.reduce()
         norm = self.optimizer.gradient_norm()
         self.optimizer.put_gradients(kept)
         self.optimizer.divide(normaliser.divisor(norm), lambda name: not name.startswith("critic."))
@@ -334,7 +413,7 @@ class Trainer:
         if divergence is not None:
             assert self.reference is not None
             against = full_reference(self.reference, micro, self._temperature)
-        likelihood = self.policy.log_likelihood(
+        likelihood = self.learner.log_likelihood(
             micro,
             temperature=self._temperature,
             entropy=self.method.online or "entropy" in self._signals,
@@ -368,8 +447,9 @@ class Trainer:
         every, step = self.settings.evaluate_every, self.progress.step
         if not every or self.evaluator is None or step % every:
             return False
-        figures = self.evaluator(self)
-        self.policy.model.train()
+        with self._whole():
+            figures: dict[str, float] = agree(self.evaluator(self))
+        self.learner.model.train()
         self.tracker.evaluated(step, self.progress.seconds, figures)
         if self.weights is not None and not self.weights.settled:
             return False  # weights that are not yet as they will be are no best ones
@@ -388,12 +468,12 @@ class Trainer:
             return
         tensors, _ = checkpoint.load(checkpoint.at(self.folder / BEST, self.progress.best_step))
         with torch.no_grad():
-            for name, parameter in self.policy.trainable_parameters():
-                parameter.copy_(tensors[name])
+            for name, parameter in self.learner.trainable_parameters():
+                piece(parameter).copy_(stored(tensors, name, parameter))
         self.tracker.note(f"kept the weights of step {self.progress.best_step}, the best on held-out prompts")
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self.policy.trainable_parameters()}
+    def _weights(self) -> dict[str, Tensor | checkpoint.Part]:
+        return {name: part_of(p) for name, p in self.learner.trainable_parameters()}
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -401,12 +481,15 @@ class Trainer:
         """Write a checkpoint of everything that the rest of the stage depends on."""
         if self.folder is None:
             return
-        state = {
+        state: dict[str, Any] = {
             "progress": self.progress.as_dict(),
             "sampler": self.source.sampler.state_dict(),
             "parts": {name: part.state_dict() for name, part in self._stateful.items()},
         }
         tensors = self.optimizer.tensors()
+        if isinstance(self.source, Online) and self._stale:
+            state["ahead"], drawn = self.source.ahead.state()
+            tensors |= drawn
         if self.reference is not None:
             tensors |= self.reference.tensors()
         if self.weights is not None:
@@ -416,6 +499,7 @@ class Trainer:
 
     def _resume(self) -> None:
         found = checkpoint.latest(self.folder) if self.folder is not None and self.folder.is_dir() else None
+        same(None if found is None else str(found), "their newest checkpoint")
         if found is not None:
             tensors, state = checkpoint.load(found)
             self.optimizer.load_tensors(tensors)
@@ -426,6 +510,8 @@ class Trainer:
                 self.reference.load_tensors(tensors)
             if self.weights is not None:
                 self.weights.load_tensors(tensors)
+            if isinstance(self.source, Online) and self._stale:
+                self.source.ahead.restore(state["ahead"], tensors)
             self.progress = Progress(**state["progress"])
         self._keep_best()
         self.tracker.starts(self.progress.step)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from posttrain.trajectory import PosttrainError, Sampling
 
 Schedule = Literal["constant", "linear", "cosine"]
+LATER = {"later": True}  # a setting that came later: what has its default is what was there before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,10 @@ class Settings:
     norm exceeds `skip_grad_norm` is skipped.
     LoRA: `lora` is its rank, 0 for full fine-tuning.
     Online: `group` completions a prompt, `max_tokens`, `temperature`, `top_k`, `top_p`, `min_p`; `updates` passes
-    over a step's rollouts in `minibatches` pieces; `rollout_rows` completions decoded together.
-    `token_budget` model tokens are computed at a time (memory; never the result).
+    over a step's rollouts in `minibatches` pieces; `rollout_rows` completions decoded together. `staleness` is how many
+    updates old the weights are that draw a step's completions (sampling goes on during training; see `ahead`).
+    `token_budget` model tokens are computed at a time, and with `checkpointing` layers keep their inputs alone and are
+    computed again in the backward pass (memory and time; never the result).
     Evaluation: every `evaluate_every` steps on `evaluate_limit` held-out prompts; training stops after `patience`
     evaluations without a better one and keeps the best weights. `checkpoint_every` steps, `max_skipped` steps in a row
     with a loss that is not finite, or with such a gradient.
@@ -52,8 +55,10 @@ class Settings:
     min_p: float = 0.0
     updates: int = 1
     minibatches: int = 1
+    staleness: int = field(default=0, metadata=LATER)
     rollout_rows: int = 64
     token_budget: int = 1024
+    checkpointing: bool = field(default=False, metadata=LATER)
     evaluate_every: int = 0
     evaluate_limit: int = 64
     patience: int = 0
@@ -64,7 +69,8 @@ class Settings:
         for name, low in (
             ("steps", 1), ("epochs", 0), ("budget", 0), ("token_limit", 1), ("rollout_limit", 1), ("rows", 1),
             ("batch", 1), ("group", 1), ("updates", 1),
-            ("minibatches", 1), ("rollout_rows", 1), ("token_budget", 1), ("evaluate_every", 0), ("patience", 0),
+            ("minibatches", 1), ("staleness", 0), ("rollout_rows", 1), ("token_budget", 1), ("evaluate_every", 0),
+            ("patience", 0),
             ("checkpoint_every", 0), ("max_skipped", 1), ("lora", 0), ("learning_rate", 0), ("warmup", 0),
             ("max_grad_norm", 0), ("skip_grad_norm", 0), ("weight_decay", 0), ("evaluate_limit", 1),
         ):  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -80,7 +79,7 @@ def source_for(policy: CausalPolicy, method: Method, task: Task, *, seed: int, r
         policy.tokenizer, "train", settings.rows, demonstrations=method.wants_demonstrations
     )
     engine = engine_for(policy, rows=settings.rollout_rows)
-    own = copy.copy(task.reward) if reward is None else reward
+    own = task.reward.afresh() if reward is None else reward
     return Online(prompts, method.sampler(prompts, seed), settings, engine, own, seed, task.environment)
 
 

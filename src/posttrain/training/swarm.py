@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from posttrain.evaluation.task import Task
 from posttrain.models.causal import CausalPolicy
+from posttrain.rollout.pool.cluster import Cluster
 from posttrain.rollout.strategies.swarm import Pool, Shared
 from posttrain.training.loop import Trainer
 from posttrain.training.method import Method
 from posttrain.training.stage import Trained, source_for
 from posttrain.trajectory import PosttrainError
+
+Between = Callable[[int, Sequence[CausalPolicy]], None]
 
 
 def swarm(
@@ -23,23 +26,53 @@ def swarm(
     tasks: Task | Sequence[Task],
     *,
     seed: int = 0,
-    between: Callable[[int, Sequence[CausalPolicy]], None] | None = None,
+    between: Between | None = None,
+    cluster: Cluster | None = None,
 ) -> list[Trained]:
     """Train every policy in place on its task; returns one record a node, in their order.
 
-    A round is one optimizer step of every node. All nodes are in this process and take turns; since a node sees only
-    what others published in earlier rounds, the result is that of nodes that work at the same time. Nothing is shared
-    between the nodes but the pool's text: architectures, tokenizers and tasks may differ.
+    A round is one optimizer step of every node. All nodes are in this process and take turns, or each is a process of
+    its own on a Ray cluster; since a node sees only what others published in earlier rounds, the result is the same.
+    Nothing is shared between the nodes but the pool's text: architectures, tokenizers and tasks may differ.
 
     Args:
         method: its rollouts are `Shared` (`methods.sapo()`). tasks: one for all nodes, or one each.
         seed: node n trains as `train_stage(..., seed=seed + n)` would.
         between: called after every round with its number (from 1) and the policies.
+        cluster: where the nodes are, with `cpus` and `gpus` of each; None for this process (see `swarm_cluster`).
 
     Raises:
         PosttrainError: no node, tasks that are not one for all or one each, a method whose rollouts are not shared, or
             one that trains adapters.
     """
+    if cluster is not None:
+        from posttrain.training.swarm_cluster import clustered_swarm
+
+        return clustered_swarm(policies, seats(policies, method, tasks, seed), cluster, between)
+    pool = Pool()
+    nodes = [
+        Node(policy, seat, pool) for policy, seat in zip(policies, seats(policies, method, tasks, seed), strict=True)
+    ]
+    while sum(node.round() for node in nodes):  # not any(): every node has its turn
+        if between is not None:
+            between(max(len(node.found.metrics) for node in nodes), policies)
+    for node in nodes:
+        node.end()
+    return [node.found for node in nodes]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a node trains by: its number, the method, its task, and the seed of its stage."""
+
+    node: int
+    method: Method
+    task: Task
+    seed: int
+
+
+def seats(policies: Sequence[CausalPolicy], method: Method, tasks: Task | Sequence[Task], seed: int) -> list[Seat]:
+    """The seats of a swarm, checked."""
     each = [tasks] * len(policies) if isinstance(tasks, Task) else list(tasks)
     shared = method.rollouts
     if not policies or len(each) != len(policies):
@@ -52,17 +85,8 @@ def swarm(
         )
     if method.settings.lora:
         raise PosttrainError(f"a swarm trains whole models; set lora: 0 (it is {method.settings.lora})")
-    pool = Pool()
-    nodes = []
-    for n, (policy, task) in enumerate(zip(policies, each, strict=True)):
-        own = method.replace(rollouts=replace(shared, pool=pool, node=n)).with_settings(evaluate_every=0, patience=0)
-        nodes.append(_Node(policy, own, task, (seed + n) * 1_000))
-    while sum(node.round() for node in nodes):  # not any(): every node has its turn
-        if between is not None:
-            between(max(len(node.found.metrics) for node in nodes), policies)
-    for node in nodes:
-        node.end()
-    return [node.found for node in nodes]
+    quiet = method.with_settings(evaluate_every=0, patience=0)
+    return [Seat(n, quiet, task, (seed + n) * 1_000) for n, task in enumerate(each)]
 
 
 def cumulative_reward(nodes: Sequence[Trained]) -> float:
@@ -70,15 +94,18 @@ def cumulative_reward(nodes: Sequence[Trained]) -> float:
     return math.fsum(metrics["reward"] for node in nodes for metrics in node.metrics)
 
 
-class _Node:
+class Node:
     """One policy, its trainer and its generator of random numbers."""
 
-    def __init__(self, policy: CausalPolicy, method: Method, task: Task, seed: int) -> None:
+    def __init__(self, policy: CausalPolicy, seat: Seat, pool: Pool) -> None:
         from transformers import set_seed
 
+        shared, seed = seat.method.rollouts, seat.seed
+        assert isinstance(shared, Shared)
+        method = seat.method.replace(rollouts=replace(shared, pool=pool, node=seat.node))
         set_seed(seed % (1 << 32))
         policy.model.requires_grad_(True)
-        self.trainer = Trainer(policy, method, source_for(policy, method, task, seed=seed), seed=seed)
+        self.trainer = Trainer(policy, method, source_for(policy, method, seat.task, seed=seed), seed=seed)
         self.found = Trained(policy)
         self.random = torch.get_rng_state()  # dropout is drawn from it, and must not depend on the other nodes
 
