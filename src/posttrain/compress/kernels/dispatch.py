@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from posttrain.compress.kernels.gpu.choice import multiplies
 from posttrain.compress.kernels.library import runs_on
 
 FEW = 16  # rows of inputs up to which the kernels are the faster way
@@ -24,8 +25,8 @@ def few(inputs: Tensor) -> bool:
 
 
 def few_rows(inputs: Tensor, *weights: Tensor | None) -> bool:
-    """Whether there is a kernel for these inputs and it pays."""
-    return few(inputs) and runs_on(inputs, *weights)
+    """Whether there is a kernel for these inputs, of the CPU or of the GPU that they are on, and it pays."""
+    return few(inputs) and (runs_on(inputs, *weights) or multiplies(inputs, *weights))
 
 
 def by_panels(inputs: Tensor, shape: tuple[int, int], values: Callable[[slice, Tensor], Tensor]) -> Tensor:

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from posttrain.compress.kernels.gpu.choice import multiplies
 from posttrain.compress.kernels.library import DTYPES, address, call, mismatch
 from posttrain.compress.kernels.uniform import check_codes, rows_of
 
 _HALF, _FLOAT, _BYTE = 0, 1, 2
+PEAK, SMALLEST = 256, 1e-12  # rows of a group that share a peak; the smallest scale
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,15 @@ class GroupScales:
     peaks: Tensor | None = None
     whole: float = 0.0
 
+    def in_full(self) -> Tensor:
+        """`[out, groups]` fp16 or fp32."""
+        if self.table is None:
+            return self.codes
+        found = self.table.to(self.codes.device)[self.codes.long()]
+        if self.peaks is None:
+            return found
+        return (found * self.peaks.repeat_interleave(PEAK, 0)[: len(found)] + self.whole).clamp(min=SMALLEST)
+
     @property
     def kind(self) -> int:
         return {torch.float16: _HALF, torch.float32: _FLOAT, torch.uint8: _BYTE}[self.codes.dtype]
@@ -39,6 +50,10 @@ def table_product(inputs: Tensor, codes: Tensor, table: Tensor, scales: GroupSca
     rows, groups = scales.codes.shape
     columns = inputs.shape[-1]
     check_codes(columns, codes, scales.codes, bits)
+    if multiplies(inputs):
+        from posttrain.compress.kernels.gpu import _table
+
+        return _table.table_product(inputs, codes, table, scales.in_full(), bits)
     x = rows_of(inputs)
     out = torch.empty(x.shape[0], rows, dtype=x.dtype)
     call(

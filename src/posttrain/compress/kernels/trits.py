@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from posttrain.compress.kernels.gpu.choice import multiplies
 from posttrain.compress.kernels.library import DTYPES, address, call, mismatch
 from posttrain.compress.kernels.uniform import rows_of
 
@@ -18,6 +19,10 @@ def ternary_product(inputs: Tensor, trits: Tensor, scale: Tensor) -> Tensor:
     columns = inputs.shape[-1]
     if trits.shape != (planes, rows, -(-columns // 5)) or columns % groups:
         raise mismatch(f"inputs of {columns} columns, trits {list(trits.shape)} and scales {list(scale.shape)}")
+    if multiplies(inputs):
+        from posttrain.compress.kernels.gpu import _ternary
+
+        return _ternary.ternary_product(inputs, trits, scale)
     x = rows_of(inputs)
     out = torch.empty(x.shape[0], rows, dtype=x.dtype)
     call(

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from posttrain.compress.kernels.gpu.choice import multiplies
 from posttrain.compress.kernels.library import DTYPES, address, call, mismatch
 
 Zero = Literal["none", "integer", "float"]
@@ -26,6 +27,10 @@ def uniform_product(
     rows, groups = scale.shape
     *others, columns = inputs.shape
     check_codes(columns, codes, scale, bits, group_of is not None)
+    if multiplies(inputs):
+        from posttrain.compress.kernels.gpu import _uniform
+
+        return _uniform.uniform_product(inputs, codes, scale, zero, bits, kind, group_of)
     x = inputs.contiguous()
     out = torch.empty((*others, rows), dtype=inputs.dtype)
     call(

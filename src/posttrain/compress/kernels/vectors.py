@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from posttrain.compress.kernels.gpu.choice import multiplies
 from posttrain.compress.kernels.library import address, call, mismatch
 from posttrain.trajectory import PosttrainError
 
@@ -30,7 +31,12 @@ def vector_product(
         raise mismatch(f"{columns} columns, {rows} rows and indices {list(codes.shape)} of {first} + {rest} bits")
     x = inputs.contiguous()
     if out is None:
-        out = torch.zeros(count, rows)
+        out = torch.zeros(count, rows, device=x.device)
+    if multiplies(x):
+        from posttrain.compress.kernels.gpu import _vectors
+
+        _vectors.vector_product(x, codes, centroids, residual, rows, out, first, rest)
+        return out
     call(
         "vector_product", address(codes), address(centroids), address(residual), rows, columns, length, first, rest,
         address(x), count, address(out), work=rows * columns,

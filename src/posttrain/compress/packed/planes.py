@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -82,8 +83,9 @@ class BinaryWeight(PackedWeight):
         if self.column is not None:
             x = x * self.column.float()
         found = x.unflatten(1, (self.groups, -1)).sum(-1) @ self.offset.float().T
+        levels = _signs(x.device)
         for signs, scale in zip(self.signs, self.scale, strict=True):
-            found += table_product(x, signs, torch.tensor([-1.0, 1.0]), GroupScales(scale), 1)
+            found += table_product(x, signs, levels, GroupScales(scale), 1)
         return found.to(inputs.dtype).view(*inputs.shape[:-1], -1)
 
     def dequantize(self) -> Tensor:
@@ -93,3 +95,9 @@ class BinaryWeight(PackedWeight):
             scale, offset = scale[:, :, place], offset[:, place]
         found = (self.unpacked() * scale).sum(0) + offset
         return found if self.column is None else found * self.column.float()
+
+
+@functools.cache
+def _signs(device: torch.device) -> Tensor:
+    """What the bits of a plane stand for."""
+    return torch.tensor([-1.0, 1.0], device=device)

@@ -8,14 +8,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from posttrain.compress.kernels.table import GroupScales
+from posttrain.compress.kernels.table import PEAK, SMALLEST, GroupScales
 from posttrain.trajectory import PosttrainError
 
 Kind = Literal["float", "half", "power", "float8", "double"]
-BLOCK = 256  # scales that share a scale of their own, of `double`
+BLOCK = PEAK  # scales that share a scale of their own, of `double`
 LARGEST = 448.0  # of E4M3
 LEAST = 2.0**-9  # the smallest positive number of E4M3
-TINY = 1e-12  # below any scale of weights, so that nothing is divided by 0
+TINY = SMALLEST  # below any scale of weights, so that nothing is divided by 0
 BIAS = 127  # of E8M0
 
 
@@ -84,6 +84,8 @@ class Scales(nn.Module):
         """The same as a kernel reads them: in full, or bytes with a table."""
         if self.kind in ("float", "half"):
             return GroupScales(self.codes)
+        if self.codes.is_cuda:  # tables are on the CPU, and reading `whole` would wait for the device
+            return GroupScales(self.values())
         whole = 0.0 if self.whole is None else float(self.whole)
         if self.kind == "double":
             return GroupScales(self.codes, dynamic_map(), self.peaks, whole)

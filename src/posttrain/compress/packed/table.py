@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from posttrain.compress.kernels.dispatch import by_panels, few
+from posttrain.compress.kernels.dispatch import by_panels, few_rows
 from posttrain.compress.kernels.library import runs_on
 from posttrain.compress.kernels.table import table_product, table_values
 from posttrain.compress.packed.bits import pack, packed_width, unpack
@@ -77,13 +78,14 @@ class TableWeight(PackedWeight):
         """`[2**bits]` fp32: the values of the codes before they are scaled."""
         if self.table is not None:
             return self.table.float()
-        return torch.tensor(BOOKS[self.book or ""], device=self.codes.device)
+        return _book(self.book or "", self.codes.device)
 
     def product(self, inputs: Tensor) -> Tensor:
-        if not runs_on(inputs, self.codes):
+        kernel = few_rows(inputs, self.codes)
+        if not kernel and not runs_on(inputs, self.codes):
             return super().product(inputs)
         levels, scales = self.levels(), self.scales.for_kernel()
-        if few(inputs):
+        if kernel:
             return table_product(inputs, self.codes, levels, scales, self.bits)
         make = partial(table_values, self.shape[1], self.codes, levels, scales, self.bits)
         return by_panels(inputs, self.shape, lambda rows, room: make(rows=rows, out=room))
@@ -91,6 +93,11 @@ class TableWeight(PackedWeight):
     def dequantize(self) -> Tensor:
         found = looked_up(self.codes, self.bits, self.shape[1], self.levels())
         return (found.view(self.shape[0], self.groups, -1) * self.scales.values()[:, :, None]).reshape(self.shape)
+
+
+@functools.cache
+def _book(name: str, device: torch.device) -> Tensor:
+    return torch.tensor(BOOKS[name], device=device)
 
 
 def looked_up(packed: Tensor, bits: int, columns: int, table: Tensor) -> Tensor:

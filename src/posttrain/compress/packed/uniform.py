@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from posttrain.compress.kernels.dispatch import by_panels, few
+from posttrain.compress.kernels.dispatch import by_panels, few_rows
 from posttrain.compress.kernels.library import runs_on, there_for
 from posttrain.compress.kernels.uniform import uniform_product, uniform_values
 from posttrain.compress.packed.bits import pack, packed_width, unpack
@@ -89,11 +89,11 @@ class UniformWeight(PackedWeight):
 
     def product(self, inputs: Tensor) -> Tensor:
         held = self._buffers  # much sooner found there than as attributes
-        if not runs_on(inputs, held["codes"]):
-            return super().product(inputs)
-        if few(inputs):
+        if few_rows(inputs, held["codes"]):
             return uniform_product(inputs, **held, bits=self.bits, kind=self.kind)  # type: ignore[arg-type]
-        return by_panels(inputs, self.shape, self.values)
+        if runs_on(inputs, held["codes"]):
+            return by_panels(inputs, self.shape, self.values)
+        return super().product(inputs)
 
     def values(self, rows: slice = slice(None), out: Tensor | None = None) -> Tensor:
         """`[rows, in]` values of some rows, fp32 or in the dtype of `out`: for the CPU, where there are kernels."""

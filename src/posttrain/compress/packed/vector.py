@@ -173,7 +173,7 @@ class VectorWeight(PackedWeight):
         ):
             return super().product(inputs)
         x = inputs.detach().reshape(-1, self.shape[1]).float()
-        found = torch.zeros(x.shape[0], self.shape[0])
+        found = torch.zeros(x.shape[0], self.shape[0], device=x.device)
         if self.scale is not None and self.offset is not None:
             found += (x @ self.offset.float())[:, None]
             x = x * self.scale.float()
