@@ -1,0 +1,107 @@
+"""A Ray cluster on this machine for all tests, and what runs on it: small actors, an environment that gets killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain.rollout.environment import Reply
+from posttrain.rollout.pool.cluster import Cluster, joined
+from posttrain.trajectory import Completion, Prompt
+
+ROOM = Cluster(workers=4)
+PATIENCE = 300  # seconds, on a machine that has other things to do
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    torch.set_num_threads(1)  # as the workers compute: sums in the same order
+    with joined(ROOM):
+        yield
+
+
+class Light:
+    """An actor that starts at once."""
+
+    def __init__(self, bad: bool = False) -> None:
+        if bad:
+            raise OSError("no such device")
+        self.calls = 0
+
+    def ready(self) -> int:
+        return os.getpid()
+
+    def add(self, number: int) -> tuple[int, int]:
+        self.calls += 1
+        return number + 1, os.getpid()
+
+    def fail(self) -> None:
+        raise ValueError("by itself")
+
+    def wait_at(self, file: str) -> str:
+        """The first time it says which process it is, and waits to be killed."""
+        hang_once(Path(file))
+        return "done"
+
+    def exit(self) -> None:
+        os._exit(3)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def hang_once(file: Path) -> None:
+    if not file.exists():
+        scratch = file.with_suffix(".writing")
+        scratch.write_text(str(os.getpid()))
+        scratch.rename(file)
+        time.sleep(1_000)
+
+
+@contextmanager
+def killing(file: Path) -> Iterator[None]:
+    """Kill the process that writes its number into the file, as soon as it is there."""
+
+    def watch() -> None:
+        for _ in range(30_000):
+            if file.exists():
+                os.kill(int(file.read_text()), signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    yield
+    thread.join(PATIENCE)
+    assert file.exists(), "nothing was killed"
+
+
+@dataclass(frozen=True)
+class Mortal:
+    """Two turns. The first time that the prompt `key` is answered its worker hangs until it is killed."""
+
+    file: str
+    key: int
+    max_turns: int = 2
+
+    def respond(self, prompt: Prompt, completions: list[Completion], turn: int) -> Reply:
+        if self.file and prompt.key == self.key and turn == 1:
+            hang_once(Path(self.file))
+        return Reply(torch.tensor([5, 6, 7 + turn]), reward=0.5 * turn, done=turn == 1)
+
+
+def mortal_letters(completion: str, prompt: Any) -> float:
+    """Share of letters; where the environment variable names a file, its worker hangs once until it is killed."""
+    if (file := os.environ.get("MORTAL_REWARD")) and prompt.key == 2:
+        hang_once(Path(file))
+    return sum(c.isalpha() for c in completion) / (1 + len(completion))

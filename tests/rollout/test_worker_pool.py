@@ -1,0 +1,132 @@
+"""What a pool of rollout workers is made of, without a cluster; on one it is tried in tests/ray."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posttrain.reward.pooled import RewardWorker
+from posttrain.reward.reward import Answer, reward_from
+from posttrain.rollout.engine_choice import engine_for
+from posttrain.rollout.pool.actor import RolloutWorker, pack, unpack
+from posttrain.rollout.pool.cluster import Cluster, joined
+from posttrain.rollout.pool.engine import PooledEngine, pieces_of
+from posttrain.rollout.rollout import rollout
+from posttrain.trajectory import PosttrainError, Prompt, Sampling
+from tiny_training import make_policy, prompts, same, weights
+
+SAMPLING = Sampling(max_tokens=6)
+
+
+def keyed(*keys: int) -> list[Prompt]:
+    return [Prompt(torch.tensor([5]), key=key) for key in keys]
+
+
+def test_pieces_hold_all_prompts_once_and_a_key_whole() -> None:
+    assert pieces_of(keyed(1, 2, 3, 4, 5), 2) == [[0, 1], [2, 3], [4]]
+    assert pieces_of(keyed(1, 2, 1, 3, 2, 1), 2) == [[0, 2, 5], [1, 4], [3]]
+    assert pieces_of(keyed(1, 1, 1), 1) == [[0, 1, 2]]
+    assert pieces_of([], 2) == []
+
+
+def test_weights_arrive_bit_for_bit() -> None:
+    one, other = make_policy(0), make_policy(1)
+    unpack(other, pack(one))
+    assert same(weights(one), weights(other))
+    one, other = make_policy(0, torch.bfloat16), make_policy(1, torch.bfloat16)
+    one.model.model.embed_tokens.requires_grad_(False)
+    before = other.model.model.embed_tokens.weight.clone()
+    unpack(other, pack(one))
+    assert torch.equal(other.model.model.embed_tokens.weight, before), "what is not trained is not sent"
+    assert torch.equal(other.model.model.norm.weight, one.model.model.norm.weight)
+    assert torch.equal(other.model.model.layers[0].mlp.up_proj.weight, one.model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_worker_draws_with_the_weights_of_the_call() -> None:
+    """Newer ones, and older ones after them: work of a worker that died may be of an earlier step."""
+    threads = torch.get_num_threads()
+    first, second = make_policy(0), make_policy(1)
+    packed = [pack(first), pack(second)]
+    worker = RolloutWorker(make_policy(2), engine_for, 64, False, 1)
+    torch.set_num_threads(threads)
+    for version in (0, 1, 0):
+        policy = (first, second)[version]
+        found = worker.play(version, packed[version], prompts(3), 2, SAMPLING, 7, None)
+        expected = rollout(engine_for(policy), prompts(3), 2, SAMPLING, 7)
+        for row, group in zip(found, expected, strict=True):
+            for a, b in zip(row, group.trajectories, strict=True):
+                assert torch.equal(a.tokens, b.tokens)
+        completions = worker.generate(version, packed[version], prompts(3), 2, SAMPLING, 7)
+        assert [[c.text for c in row] for row in completions] == [[t.text for t in row] for row in found]
+
+
+def test_a_worker_that_cannot_record_experts_says_so() -> None:
+    class Nothing:
+        pass
+
+    with pytest.raises(PosttrainError, match=r"the pool of rollout workers replays .* Nothing does not record"):
+        RolloutWorker(make_policy(), lambda policy, rows: Nothing(), 64, True, torch.get_num_threads())  # type: ignore[arg-type,return-value]
+
+
+def test_rewards_of_workers_do_not_depend_on_the_worker() -> None:
+    """Nor on what it scored before: random numbers follow from the call."""
+    threads = torch.get_num_threads()
+    spec = {f"{Path(__file__).parents[1] / 'reward' / 'faulty_rewards.py'}:obey": 1.0}
+    one, other = RewardWorker(reward_from(spec)), RewardWorker(reward_from(spec))
+    torch.set_num_threads(threads)
+    prompt = Prompt(torch.tensor([5]), answer="1", key=3)
+    given = [Answer(prompt, text, 1, "stop") for text in ("random", "random b", "raise x", "four")]
+    state = torch.get_rng_state()
+    ((first, second, fault, length),) = one.outcomes(given)
+    assert first != second
+    assert length == 4
+    assert fault == one.reward.outcomes([given[2]])[0][0]
+    assert [other.outcomes([answer])[0][0] for answer in reversed(given)] == [length, fault, second, first]
+    torch.set_rng_state(state)
+
+
+def test_a_pool_checks_before_it_starts() -> None:
+    engine = PooledEngine(make_policy(), Cluster())
+    assert engine.max_length == 256
+    assert engine.replaced == 0
+    with pytest.raises(PosttrainError, match="samples is 0"):
+        engine.generate(prompts(1), 0, SAMPLING, 0)
+    engine.experts = True
+    engine.close()
+
+
+def test_rollouts_of_an_engine_that_plays_are_its_own() -> None:
+    asked: list[Any] = []
+
+    class Elsewhere:
+        def play(self, *given: Any) -> list[Any]:
+            asked.append(given)
+            return []
+
+    assert rollout(Elsewhere(), prompts(2), 3, SAMPLING, 5) == []  # type: ignore[arg-type]
+    assert asked[0][1:] == (3, SAMPLING, 5, None, None)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(PosttrainError, match=r"pip install 'posttrain\[ray\]', on all of its nodes"), joined(Cluster()):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"workers": 0}, "workers is 0; expected at least 1"),
+        ({"cpus": 0}, "cpus is 0"),
+        ({"gpus": -1}, "gpus is -1"),
+        ({"reward_workers": -1}, "reward_workers is -1; expected at least 0"),
+        ({"piece": 0}, "piece is 0"),
+    ],
+)
+def test_a_cluster_that_is_none(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(PosttrainError, match=message):
+        Cluster(**given)
