@@ -29,6 +29,7 @@ from posttrain.recipe import (
     check,
     checked,
     checked_settings,
+    engine_choice,
 )
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.run import Run, execute
@@ -53,7 +54,9 @@ def train(
     seed: int = 0,
     budget: str | float | None = None,
     evaluate: dict[str, Any] | None = None,
+    engine: str | dict[str, Any] | None = None,
     show: bool = True,
+    shard: bool | None = None,
     **settings: Any,
 ) -> Run:
     """Post-train a model and measure what it gained.
@@ -68,6 +71,9 @@ def train(
         folder: the run folder; a new one under `runs/` by default. resume: go on with the run in it.
         budget: longest time of each stage, in seconds or as text (`10m`).
         evaluate: `samples`, `holdout`, `max_tokens`, `temperature`, `k`, `before`.
+        engine: what draws completions: `embedded`, `vllm`, `vllm-server`, the URL of a running vLLM server, or a
+            mapping with `name` and the options of `EngineChoice`.
+        shard: of several processes that torchrun started: spread the weights over them (see `execute`).
         settings: any setting of `Settings`, for every stage (`steps=60, learning_rate=1e-5`).
     Returns:
         the run: `run.model`, `run.before`, `run.after`, `run.report`, `run.folder`.
@@ -94,6 +100,7 @@ def train(
         str(task) if isinstance(task, Path) else task,
         checked(EvaluateSpec, evaluate or {}, ("evaluate",), where),
         seed,
+        engine=engine_choice(engine, where),
         where=where,
     )
     check(recipe)
@@ -102,6 +109,7 @@ def train(
         folder=Path(folder) if folder is not None else None,
         resume=resume,
         show=show,
+        shard=shard,
         policy=model if isinstance(model, CausalPolicy) else None,
     )
 

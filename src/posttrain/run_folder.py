@@ -2,7 +2,8 @@
 
 `run.json` (what the report shows), `recipe.yaml`, `stages/N-name/` (checkpoints, the stage's model), `model/`,
 `evaluations/` and the JSON lines of evaluations and samples. What a killed and resumed run writes twice stands there
-once: small files are replaced whole, a model folder is renamed into place when it is complete.
+once: small files are replaced whole, a model folder is renamed into place when it is complete. Of several processes the
+first alone writes, and the others wait where they will read.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from posttrain.evaluation.task import Task
 from posttrain.methods.parts import parts_of
 from posttrain.methods.registry import find
 from posttrain.models.causal import CausalPolicy
+from posttrain.processes import here, led, same, wait
 from posttrain.recipe import Recipe, StageSpec
 from posttrain.recipe_compress import CompressSpec
 from posttrain.reward.reward import Reward
@@ -104,7 +106,7 @@ class RunFolder:
 
     def discard_if_empty(self) -> None:
         """Remove the folder of a run that has done nothing yet, so that the mended recipe may take its name."""
-        if all(_opening(file) or file.name == STATE for file in self.path.iterdir()):
+        if here().main and all(_opening(file) or file.name == STATE for file in self.path.iterdir()):
             shutil.rmtree(self.path)
 
     @contextmanager
@@ -113,12 +115,19 @@ class RunFolder:
         from filelock import FileLock, Timeout
 
         lock = FileLock(str(self.path / LOCK), timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise PosttrainError(f"{self.path} is in use by another process; wait for that run or stop it") from None
+
+        def acquire() -> None:
+            try:
+                lock.acquire()
+            except Timeout:
+                raise PosttrainError(
+                    f"{self.path} is in use by another process; wait for that run or stop it"
+                ) from None
+
+        led(acquire)
         try:
             self.values = self.read(self.path).values
+            wait()
             if self.values["status"] != "finished":
                 self.save(status="running", notes=[n for n in self.values["notes"] if not n.startswith(FAILED)])
             yield
@@ -130,7 +139,8 @@ class RunFolder:
     def save(self, **changes: Any) -> None:
         """Change entries of `run.json`."""
         self.values |= changes
-        write_text(self.path / STATE, json.dumps(self.values, indent=1))
+        if here().main:
+            write_text(self.path / STATE, json.dumps(self.values, indent=1))
 
     def note(self, *notes: str) -> None:
         """Add what a reader of the report must know, each note once."""
@@ -163,10 +173,15 @@ class RunFolder:
 
     def stages_done(self) -> int:
         """The last stage whose model is complete, or -1."""
-        return max((i for i in range(len(self.values["stages"])) if self.stage_model(i).is_dir()), default=-1)
+        done = max((i for i in range(len(self.values["stages"])) if self.stage_model(i).is_dir()), default=-1)
+        same(done, f"the stages they see in {self.path}, which they must share")
+        return done
 
     def save_model(self, policy: CausalPolicy, stage: int) -> None:
         """Save under another name, then rename: a model folder that exists is complete."""
+        led(lambda: self._save_model(policy, stage))
+
+    def _save_model(self, policy: CausalPolicy, stage: int) -> None:
         target = self.stage_model(stage)
         scratch = target.with_name(f".{target.name}-writing")
         shutil.rmtree(scratch, ignore_errors=True)
@@ -197,15 +212,18 @@ class RunFolder:
                           for k, e in found.pass_at_k.items() if k > 1},
             "seconds": round(seconds, 2),
         }  # fmt: skip
-        self._put(SAMPLES, _samples(found, stage, label), lambda row: (row["split"], row["name"], row["stage"]))
-        self._put(EVALUATIONS, [record], lambda row: (row["label"], row.get("stage")))
-        self._evaluation_file(stage).parent.mkdir(exist_ok=True)
-        write_text(self._evaluation_file(stage), found.to_json())
+        if here().main:
+            self._put(SAMPLES, _samples(found, stage, label), lambda row: (row["split"], row["name"], row["stage"]))
+            self._put(EVALUATIONS, [record], lambda row: (row["label"], row.get("stage")))
+            self._evaluation_file(stage).parent.mkdir(exist_ok=True)
+            write_text(self._evaluation_file(stage), found.to_json())
+        wait()
 
     def add_comparison(self, paired: Paired) -> None:
         record = {"label": "comparison", "difference": paired.difference, "low": paired.low, "high": paired.high,
                   "p": paired.pvalue, "n": paired.n}  # fmt: skip
-        self._put(EVALUATIONS, [record], lambda row: row["label"])
+        if here().main:
+            self._put(EVALUATIONS, [record], lambda row: row["label"])
 
     def _evaluation_file(self, stage: int) -> Path:
         return self.path / "evaluations" / ("before.json" if stage < 0 else f"{stage}.json")

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from posttrain import methods, processes
 from posttrain.objective.batch import Batch
 from posttrain.processes import Processes
-from posttrain.training import checkpoint, parallel
+from posttrain.training import checkpoint, parallel, signals
 from posttrain.training.checkpoint import Part
+from posttrain.training.collect import Collected
 from posttrain.training.parallel import check_batch, micro_batches, seed_step, shares
 from posttrain.training.settings import Settings
 from posttrain.trajectory import Group, PosttrainError, Trajectory
-from tiny_training import offline, pairs
+from tiny_training import demonstrations, offline, pairs
 
 Alone = Callable[..., None]
 
@@ -32,8 +33,10 @@ def as_process(monkeypatch: pytest.MonkeyPatch) -> Alone:
     def be(rank: int, world: int, sharded: bool = False) -> None:
         monkeypatch.setitem(processes._state, "here", Processes(rank, world, sharded))
 
-    for module in (checkpoint, parallel):
+    for module in (checkpoint, parallel, processes):
         monkeypatch.setattr(module, "everyone", lambda fact: [fact])
+    for adding in (parallel, processes, signals):
+        monkeypatch.setattr(adding, "add", lambda values: values)
     monkeypatch.setattr(checkpoint, "agree", lambda fact: fact if fact is not None else False)
     monkeypatch.setattr(checkpoint, "wait", lambda: None)
     return be
@@ -86,6 +89,31 @@ def test_one_process_takes_its_micro_batches_as_ever() -> None:
     expected = batch.partition(20, keep_groups=False)
     assert all(piece.counts for piece in found)
     assert [piece.sequences.tolist() for piece in found] == [part.tolist() for part in expected]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_gradients_of_the_shares_add_up_to_one_processs(world: int, as_process: Alone) -> None:
+    """Their mean would not: the shares hold different numbers of tokens, and weigh by them."""
+    rows = demonstrations(5)
+
+    def gradient(rank: int, of: int) -> dict[str, torch.Tensor]:
+        as_process(rank, of)
+        trainer = offline(methods.sft().with_settings(batch=5, token_budget=40), rows)
+        found: dict[str, torch.Tensor] = {}
+
+        def step(rate: float) -> float:
+            found.update({name: gradient.clone() for name, gradient in trainer.optimizer.gradients().items()})
+            return 1.0
+
+        trainer.optimizer.step = step  # type: ignore[method-assign]
+        trainer.step(Collected(rows))
+        return found
+
+    whole, parts = gradient(0, 1), [gradient(rank, world) for rank in range(world)]
+    sizes = [float(sum(part[name].norm() for name in part)) for part in parts]
+    assert max(sizes) > 1.2 * min(sizes)
+    for name, expected in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_what_each_process_saves_is_read_by_any_number(tmp_path: Path, as_process: Alone) -> None:

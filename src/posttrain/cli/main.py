@@ -11,7 +11,21 @@ from typing import Annotated
 
 import typer
 
-from posttrain.cli import chat, compare, evaluate, export, methods, models, prune, quantize, report, run, study, train
+from posttrain.cli import (
+    chat,
+    compare,
+    evaluate,
+    export,
+    methods,
+    models,
+    prune,
+    quantize,
+    report,
+    run,
+    serve,
+    study,
+    train,
+)
 from posttrain.cli.quiet import quiet
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -33,6 +47,7 @@ app.command("quantize")(quantize.quantize)
 app.command("prune")(prune.prune)
 app.command("export")(export.export)
 app.command("report")(report.report)
+app.command("serve")(serve.serve)
 app.command("compare")(compare.compare)
 app.command("study")(study.study)
 app.add_typer(methods.app, name="methods")
@@ -63,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     in the command line. 130: interrupted.
     """
     quiet()
+    asked = list(sys.argv[1:] if arguments is None else arguments)
+    if _several() and next((a for a in asked if not a.startswith("-")), "run") not in ("run", "train"):
+        return _fail("error: several processes carry out run and train alone; start this command without a launcher", 2)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its number
@@ -113,8 +131,14 @@ def _expected(error: Exception) -> int | None:
 def _fail(message: str, code: int) -> int:
     from posttrain.terminal import one_line
 
-    print(f"posttrain: {one_line(message)}", file=sys.stderr, flush=True)
+    who = f"process {os.environ['RANK']}: " if _several() and "RANK" in os.environ else ""
+    print(f"posttrain: {who}{one_line(message)}", file=sys.stderr, flush=True)
     return code
+
+
+def _several() -> bool:
+    """Whether a launcher started several processes."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
 
 
 if __name__ == "__main__":

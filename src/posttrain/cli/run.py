@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from posttrain.run import Run
 
 
+SHARD = "Of several processes (torchrun, accelerate launch): spread the weights over them (FSDP2)."
+
+
 def run(
     recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.", show_default=False)] = None,
     output: Annotated[
@@ -26,6 +29,7 @@ def run(
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Go on with the run in this folder; no recipe needed.")
     ] = None,
+    shard: Annotated[bool, typer.Option("--shard", help=SHARD)] = False,
 ) -> None:
     """Carry out a recipe.
 
@@ -42,11 +46,11 @@ def run(
             raise PosttrainError(
                 "--resume goes on with a run as it was started: give it the run folder and nothing else"
             )
-        finish(resume_run(resume))
+        finish(resume_run(resume, shard=shard or None))
     elif recipe is None:
         raise PosttrainError("no recipe given: expected posttrain run RECIPE.yaml, or posttrain run --resume DIR")
     else:
-        finish(execute(load_recipe(recipe, changes), folder=output, command=command()))
+        finish(execute(load_recipe(recipe, changes), folder=output, command=command(), shard=shard or None))
 
 
 def command() -> str:
@@ -55,7 +59,11 @@ def command() -> str:
 
 
 def finish(done: Run) -> None:
-    """Where the results are, and as the last line the result itself."""
+    """Where the results are, and as the last line the result itself; of several processes the first says it."""
+    from posttrain.processes import here
+
+    if not here().main:
+        return
     print(f"report: {done.report}")
     print(f"model: {done.folder / 'model'}")
     print(done.summary())

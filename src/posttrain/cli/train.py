@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain.cli.inline import inline
-from posttrain.cli.run import command, finish
+from posttrain.cli.run import SHARD, command, finish
 
 if TYPE_CHECKING:
     from posttrain.methods.registry import Entry
@@ -48,8 +48,13 @@ def train(
     lora: Annotated[int | None, typer.Option(help="Rank of an adapter; 0 trains all weights.")] = None,
     budget: Annotated[str | None, typer.Option(help="Longest time of each stage: 90s, 10m, 1h.")] = None,
     holdout: Annotated[int | None, typer.Option(help="Held-out problems to evaluate on.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="What draws completions: embedded, vllm, vllm-server, the URL of a vLLM server, or YAML."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="The run folder (default: a new one under runs/).")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    shard: Annotated[bool, typer.Option("--shard", help=SHARD)] = False,
 ) -> None:
     """Train a model without a recipe file.
 
@@ -76,9 +81,12 @@ def train(
     if holdout is not None:
         values["evaluate"] = {"holdout": holdout}
         places["evaluate", "holdout"] = f"--holdout {holdout}"
+    if engine is not None:
+        values["engine"] = inline("--engine", engine)
+        places["engine",] = f"--engine {engine}"
     dotted = [text for text in overrides or [] if "." in text.partition("=")[0]]
     recipe = parse_recipe(*override(values, dotted, Where("", {}, places)))
-    finish(execute(recipe, folder=output, command=command()))
+    finish(execute(recipe, folder=output, command=command(), shard=shard or None))
 
 
 def refuse_compressions(entries: list[Entry]) -> None:
