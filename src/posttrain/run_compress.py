@@ -10,18 +10,16 @@ from posttrain.compress.calibrate import calibration_batches
 from posttrain.compress.measure import mean_error, model_bytes
 from posttrain.compress.pipeline import Progress, check
 from posttrain.compress.policy import CompressedPolicy, compressed_copy
-from posttrain.compress.walk import Batch
+from posttrain.compress.walk import PROBE, Batch, uncalled
 from posttrain.evaluation.task import Task
 from posttrain.models.causal import CausalPolicy
 from posttrain.recipe_compress import CompressSpec
 from posttrain.trajectory import PosttrainError
 
-PROBE = 8  # tokens that show a method which looks at no data in which order the layers run
-
 
 def check_stage(stage: CompressSpec, policy: CausalPolicy, task: Task | None) -> None:
     """PosttrainError where the stage would fail on this model, told before the stages ahead of it are carried out."""
-    check(policy.base, stage.method, stage.skip)
+    check(policy.base, stage.method, (*stage.skip, *uncalled(policy.base, _any_tokens(policy))))
     if stage.method.uses_data and stage.calibration is None and task is not None and not task.train:
         raise PosttrainError(
             f"{stage.method.name}: task {task.name} has no training problems to be calibrated on; give the stage "
@@ -73,8 +71,13 @@ def size(count: int) -> str:
 
 def _batches(stage: CompressSpec, policy: CausalPolicy, task: Task | None, seed: int) -> list[Batch]:
     if not stage.method.uses_data:
-        return [{"input_ids": torch.arange(PROBE, device=policy.device)[None], "use_cache": False}]
+        return _any_tokens(policy)
     source = stage.calibration if stage.calibration is not None else task
     assert source is not None, "a recipe without a task, whose stage names no text, is refused when it is read"
     much = stage.method.calibration
     return calibration_batches(policy, source, much.samples, much.length, seed)
+
+
+def _any_tokens(policy: CausalPolicy) -> list[Batch]:
+    """What shows which layers a model calls, and in which order, where no data is looked at."""
+    return [{"input_ids": torch.arange(PROBE, device=policy.device)[None], "use_cache": False}]

@@ -10,8 +10,8 @@ from torch import nn
 
 from posttrain.compress.activations.quantizer import Activations
 from posttrain.compress.allocate import Allocation
+from posttrain.compress.attention_part import AttentionPart
 from posttrain.compress.solvers.solver import Solver
-from posttrain.compress.sparse_attention import SparseAttention
 from posttrain.compress.transforms.transform import Transform
 from posttrain.compress.walk import Batch
 
@@ -34,7 +34,8 @@ class Compression:
 
     transforms: function-preserving changes before. allocation: which layer gets how many bits (None: the grid's).
     solver: picks the codes, on its grid. activations: how the inputs of packed layers are quantized (None: not at all).
-    attention: which tokens a decode step attends to (None: all); chosen for once the weights are packed.
+    attention: how attention is computed (None: as it is): which tokens a decode step attends to, what is rounded in it;
+        settled once the weights are packed.
     calibration: how much text by default. skip: patterns of layers that stay as they are.
     arguments: what the method function was called with (for reports).
     """
@@ -44,7 +45,7 @@ class Compression:
     transforms: tuple[Transform, ...] = ()
     allocation: Allocation | None = None
     activations: Activations | None = None
-    attention: SparseAttention | None = None
+    attention: AttentionPart | None = None
     calibration: Calibrated = field(default_factory=Calibrated)
     skip: tuple[str, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)

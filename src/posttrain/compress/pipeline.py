@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +14,8 @@ from torch import nn
 from posttrain.compress.experts import unfuse
 from posttrain.compress.method import Compression
 from posttrain.compress.packed.linear import PackedLinear
-from posttrain.compress.stacks import check_patterns, linears, stacks, whole_names
-from posttrain.compress.walk import Batch, Block, Walk
+from posttrain.compress.stacks import check_patterns, linears, skipped, stacks, whole_names
+from posttrain.compress.walk import Batch, Block, Walk, uncalled
 from posttrain.trajectory import PosttrainError
 
 Progress = Callable[[int, int], None]
@@ -32,7 +33,7 @@ class LayerSummary:
 @dataclass(slots=True)
 class Summary:
     """What a compression did. seconds: of the whole; layers: in the order in which they were packed; arguments: of the
-    method.
+    method; left: layers that stay as they are although none was to be skipped (see `walk.uncalled`).
     """
 
     method: str
@@ -41,6 +42,7 @@ class Summary:
     bits: float = 0.0
     packed_bytes: int = 0
     arguments: dict[str, Any] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
 
 
 def compress_model(
@@ -57,11 +59,12 @@ def compress_model(
     batches: calibration, the keyword arguments of a forward pass each (`{"input_ids": ...}`, `{"pixel_values": ...}`).
     skip: patterns of layers to leave as they are, beside the method's. progress: of blocks.
     Fused experts of a mixture are taken apart first (`experts.unfuse`), so that they are linear layers as any others.
-    The vocabulary projection, embeddings and norms stay as they are: they stand in no block.
+    The vocabulary projection, embeddings and norms stay as they are: they stand in no block. So do layers that their
+    block does not call (Mamba's dt_proj); a warning names them.
     """
     begun = time.perf_counter()
     unfuse(model)
-    check(model, method, skip)
+    check(model, method, (*skip, *uncalled(model, batches)))
     patterns = (*method.skip, *skip)
     was_training = model.training
     model.eval()
@@ -92,9 +95,10 @@ def _compress(
     batches = method.calibration.chosen(model, batches, seed)
     for transform in method.transforms:
         transform.apply_to_model(model)
-    found = stacks(model)
+    left = _left(model, batches, skip)
+    skip, found = (*skip, *left), stacks(model)
     bits = method.allocation.bits(model, found, batches, skip) if method.allocation is not None else {}
-    summary, total, count = Summary(method.name), sum(len(s.blocks) for s in found), 0
+    summary, total, count = Summary(method.name, left=left), sum(len(s.blocks) for s in found), 0
 
     def done(block: Block) -> None:
         nonlocal count
@@ -109,7 +113,8 @@ def _compress(
             for transform in method.transforms:
                 transform.apply_to_block(block)
                 block.refresh()
-            _fit_activations(block, method)
+            if method.activations is not None:
+                method.activations.fit_block(block)
             originals |= {f"{block.name}.{n}": layer.weight for n, layer in block.linears.items()}
 
         def finished(block: Block, originals: dict[str, torch.Tensor] = originals) -> None:
@@ -125,6 +130,19 @@ def _compress(
     return summary
 
 
+def _left(model: nn.Module, batches: Sequence[Batch], skip: Sequence[str]) -> list[str]:
+    """Layers that cannot be compressed because their block does not call them; a warning names them."""
+    found = [name for name in uncalled(model, batches) if not skipped(name, skip)]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        warnings.warn(
+            f"{found[0]}{more} stay as they are: their block uses the weight without calling the layer, so that its "
+            f"inputs are not seen",
+            stacklevel=2,
+        )
+    return found
+
+
 def bits_and_bytes(model: nn.Module) -> tuple[float, int]:
     """Bits of a packed weight, everything counted (of a float one where nothing is packed), and bytes of all."""
     packed = [m.weight for m in model.modules() if isinstance(m, PackedLinear)]
@@ -132,17 +150,6 @@ def bits_and_bytes(model: nn.Module) -> tuple[float, int]:
     if not packed:
         return 8.0 * next(model.parameters()).dtype.itemsize, 0
     return sum(p.counted_bits for p in packed) / weights, sum(p.stored_bytes for p in packed)
-
-
-def _fit_activations(block: Block, method: Compression) -> None:
-    """The steps that will round the inputs of each layer once it is packed."""
-    if method.activations is None:
-        return
-    names = list(block.linears)
-    moments = block.moments(names, gram=False, keep=512) if method.activations.uses_data else {}
-    for name in names:
-        layer, whole = block.linears[name], f"{block.name}.{name}"
-        block.quantizers[name] = method.activations.fit_layer(moments.get(name), layer, whole)
 
 
 def _summary(name: str, module: nn.Module, before: torch.Tensor) -> LayerSummary:

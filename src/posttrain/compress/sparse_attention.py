@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.attention_part import AttentionPart
 from posttrain.compress.walk import Batch
 from posttrain.models.attention import attend, attention_configs, implementation
 from posttrain.trajectory import PosttrainError
@@ -26,7 +27,7 @@ FULL = 16  # label bits that mean: as the keys are
 
 
 @dataclass(frozen=True)
-class SparseAttention:
+class SparseAttention(AttentionPart):
     """Chooses channels on calibration text, and lets every layer but the first ones attend by them.
 
     tokens: k, that a decode step attends to. factor: g; r = width / g channels are labels. label_bits: labels are

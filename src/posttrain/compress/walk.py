@@ -9,22 +9,23 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from posttrain.compress.experts import routed_inputs, shown_all, together
+from posttrain.compress.experts import holder, routed_inputs, shown_all, together
 from posttrain.compress.moments import InputMoments
 from posttrain.compress.packed.inputs import InputStep, chain
 from posttrain.compress.packed.linear import PackedLinear, TransformedLinear
 from posttrain.compress.packed.weight import PackedWeight
-from posttrain.compress.stacks import Stack, linears, replace_module, whole_names
+from posttrain.compress.stacks import Stack, linears, replace_module, stacks, whole_names
 from posttrain.trajectory import PosttrainError
 
 Batch = dict[str, Any]  # the keyword arguments of one forward pass of the model
+PROBE = 8  # tokens that show which layers a language model calls
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class Block:
     stages: their names, those that share an input together, in the order in which they run.
     phases: the stages, with those of the experts of a mixture joined, since experts run beside each other.
     bits: by a layer's name in the block, where an allocation says other than the grid.
-    quantizers: by a layer's name, the step that rounds its inputs once it is packed.
+    quantizers: by a layer's name, the step that rounds its inputs once it is packed; None where they stay as they are.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Block:
         self.index, self.name, self.module, self.seed = index, name, module, seed
         self.inputs, self.float_inputs, self.bits = inputs, float_inputs, bits
         self.before = copy.deepcopy(module) if float_inputs is not None else None
-        self.quantizers: dict[str, InputStep] = {}
+        self.quantizers: dict[str, InputStep | None] = {}
         self._skip = skip
         self.refresh()
 
@@ -235,6 +236,54 @@ def captured(model: nn.Module, stack: Stack, batches: Sequence[Batch]) -> list[l
     if any(len(found) != len(batches) for found in calls):
         raise PosttrainError(f"not every block of {stack.name} was called once a batch; its blocks cannot be walked")
     return calls
+
+
+@torch.no_grad()
+def uncalled(model: nn.Module, batches: Sequence[Batch]) -> list[str]:
+    """Linear layers of a model's blocks, by their whole names, that its forward pass does not call.
+
+    Such a layer cannot be compressed as the others: what its inputs are is not seen, and what is put before it would
+    not be run. Mamba's dt_proj is one, whose mixer multiplies by the weight itself. Experts to which no token was sent
+    do not count (see `experts.shown_all`). Seen on a few tokens of the first batch, on all of it where it is no text.
+    """
+    blocks = dict(named for stack in stacks(model) for named in whole_names(stack))
+    layers = {
+        f"{place}.{name}": layer
+        for place, block in blocks.items()
+        for name, layer in linears(block).items()
+        if holder(block, name) is None
+    }
+    called: set[str] = set()
+    left = set(blocks)
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda module, given: called.add(name)
+
+    def done(name: str) -> Callable[..., None]:
+        def ran(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+            left.discard(name)
+            if not left:
+                raise _Seen
+
+        return ran
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    hooks += [block.register_forward_hook(done(name)) for name, block in blocks.items()]
+    try:
+        with _deterministic(model), suppress(_Seen):
+            for batch in batches[:1]:
+                model(**_probe(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [name for name in layers if name not in called] if batches else []
+
+
+def _probe(batch: Batch) -> Batch:
+    """A few tokens of a batch that is text alone, else the batch."""
+    if not set(batch) <= {"input_ids", "attention_mask", "use_cache"} or "input_ids" not in batch:
+        return batch
+    return {**batch, "input_ids": batch["input_ids"][:1, :PROBE], "attention_mask": None}
 
 
 @contextmanager

@@ -6,9 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +18,13 @@ import torch
 from posttrain.data.sampler import Shuffled
 from posttrain.lab import tokenizer as tokens_of
 from posttrain.lab import worlds
+from posttrain.lab.cache import kept
 from posttrain.lab.measuring import Headroom, measure
 from posttrain.lab.tokenizer import character_tokenizer
 from posttrain.lab.worlds import world as border
 from posttrain.lab.worlds.world import WorldTask
 from posttrain.models.causal import CausalPolicy
-from posttrain.models.load import cache_folder, load, writable
+from posttrain.models.load import load
 from posttrain.objective.advantage import Demonstration
 from posttrain.objective.estimator import Objective
 from posttrain.training.collect import Offline
@@ -96,6 +95,10 @@ class ModelSpec:
         resolved = json.dumps(dataclasses.asdict(self), sort_keys=True, default=str)
         return hashlib.blake2b(b"\0".join([resolved.encode(), *code]), digest_size=6).hexdigest()
 
+    def made(self) -> tuple[CausalPolicy, Headroom]:
+        """The model, trained and measured."""
+        return pretrain(self)
+
     def _modules(self) -> list[ModuleType]:
         """The tokenizer, and the modules of the lab that the worlds' functions are made of."""
         waiting = [worlds.find(w.name).__module__ for w in (self.task, *(s.world for s in self.corpus))]
@@ -123,22 +126,14 @@ def build(spec: ModelSpec, seed: int | None = None) -> CausalPolicy:
 
 def folder_of(spec: ModelSpec) -> Path:
     """The `transformers` folder of a specification in the cache; made on first use, by one process at a time."""
-    from filelock import FileLock
 
-    folder = cache_folder() / "lab" / f"{spec.name}-{spec.seed}-{spec.key}"
-    if (folder / HEADROOM).is_file():
-        return folder
-    writable(folder.parent)
-    with FileLock(str(folder) + ".lock"):
-        if (folder / HEADROOM).is_file():
-            return folder
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            policy, found = pretrain(spec)
-            made = policy.save(Path(scratch) / "model")
-            (made / HEADROOM).write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)  # what a killed process left without its headroom
-            made.rename(folder)
-    return folder
+    def make(scratch: Path) -> Path:
+        policy, found = spec.made()
+        made = policy.save(scratch / "model")
+        (made / HEADROOM).write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+        return made
+
+    return kept(f"{spec.name}-{spec.seed}-{spec.key}", HEADROOM, make)
 
 
 def headroom(spec: ModelSpec) -> Headroom:

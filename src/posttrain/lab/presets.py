@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from posttrain.lab.mamba import MambaSpec
 from posttrain.lab.models import ModelSpec, Share, World
 from posttrain.lab.worlds.arithmetic import DEFAULT_TIERS
 
@@ -98,6 +99,20 @@ MIXED = ModelSpec(
 
 MIXED_MOE = dataclasses.replace(MIXED, name="mixed-moe", experts=8)  # nothing makes it use its experts alike
 
+# the same pages, and layers of 96 and 192 columns
+MIXED_MAMBA = MambaSpec(
+    name="mixed-mamba",
+    task=World("mixed"),
+    corpus=(Share(World("pages")),),
+    hidden=96,
+    layers=2,
+    rows=5600,
+    steps=600,
+    batch=16,
+    learning_rate=3e-3,
+    schedule="linear",
+)
+
 PRESETS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
@@ -118,5 +133,6 @@ PRESETS: dict[str, ModelSpec] = {
         FOREIGN_STYLE,
         MIXED,
         MIXED_MOE,
+        MIXED_MAMBA,
     )
 }

@@ -86,9 +86,9 @@ def _gated_forward(module: Any, hidden: Tensor) -> Tensor:
 @torch.no_grad()
 def _agree(module: nn.Module, other: Forward) -> bool:
     """Whether both forwards give the same on drawn input, up to rounding."""
-    weight = next(module.parameters())
+    weight = next(module.parameters(), None)  # a unit of packed layers has none
     width = _width(module)
-    if width is None or not weight.is_floating_point() or weight.dtype not in AGREES:
+    if weight is None or width is None or not weight.is_floating_point() or weight.dtype not in AGREES:
         return False
     draw = torch.Generator().manual_seed(0)
     inputs = torch.randn(1, 3, width, generator=draw).to(weight)

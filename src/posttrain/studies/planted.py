@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from posttrain.compress.calibrate import windows
 from posttrain.compress.fold import change, parameters
+from posttrain.compress.packed.linear import TransformedLinear
 from posttrain.compress.stacks import Stack, replace_module, stacks
 from posttrain.compress.structure import structure
+from posttrain.compress.transforms.channels import ChannelStep
 from posttrain.compress.transforms.rotation import rotate
-from posttrain.compress.walk import Walk
+from posttrain.compress.walk import Batch, Walk
 from posttrain.models.causal import CausalPolicy
 
 CHANNELS, FACTOR = 4, 30.0
 SHIFTED, SHIFT, GAIN = 3, 20.0, 8.0
+SCANNED, SCAN_FACTOR = 2, 50.0
 ROWS, LENGTH = 32, 128  # of the text whose hidden states give the principal directions
 
 
@@ -79,14 +82,35 @@ class BiasedNorm(nn.Module):
 
 
 def _planted(policy: CausalPolicy, seed: int, channels: int, factor: float, shift: float) -> CausalPolicy:
-    model, draw = policy.base, torch.Generator().manual_seed(seed)
-    (stack,) = stacks(model)
-    tokens = torch.arange(16)[None]  # to see what reads a norm any will do
-    for block in Walk(model, stack, [{"input_ids": tokens, "use_cache": False}]):
+    # to see what reads a norm any tokens will do
+    plant(policy.base, {"input_ids": torch.arange(16)[None], "use_cache": False}, seed, channels, factor, shift)
+    return policy
+
+
+def plant(model: nn.Module, batch: Batch, seed: int, channels: int, factor: float, shift: float = 0.0) -> None:
+    """Make channels of each norm's output `factor` times as large and move them by `shift`, in place.
+
+    batch: the keyword arguments of a forward pass. The function stays the same, since all that reads a norm undoes it.
+    """
+    (stack,), draw = stacks(model), torch.Generator().manual_seed(seed)
+    for block in Walk(model, stack, [batch]):
         for site in structure(block).norms:
             width = len(block.module.get_parameter(f"{site.norm}.weight"))
             scale, away = torch.ones(width), torch.zeros(width)
             chosen = torch.randperm(width, generator=draw)[:channels]
             scale[chosen], away[chosen] = 1 / factor, -shift / factor
             change(block.module, site.scaled(parameters(block.module), scale, away if shift else None))
+
+
+def large_scan_outputs(policy: CausalPolicy, seed: int) -> CausalPolicy:
+    """Two channels of what each state-space mixer gives its output layer, drawn by seed, fifty times as large: the
+    gated outputs are multiplied when the model runs, and the layer's columns divided.
+    """
+    model, draw = policy.base, torch.Generator().manual_seed(seed)
+    for name, layer in [(n, m) for n, m in model.named_modules() if hasattr(m, "A_log") and hasattr(m, "out_proj")]:
+        step = ChannelStep(layer.out_proj.in_features)
+        step.scale[torch.randperm(step.width, generator=draw)[:SCANNED]] = 1 / SCAN_FACTOR
+        with torch.no_grad():
+            layer.out_proj.weight.mul_(step.scale)
+        replace_module(model, f"{name}.out_proj", TransformedLinear.of(layer.out_proj, nn.Sequential(step)))
     return policy

@@ -45,31 +45,43 @@ class Static(Activations):
         if self.quantile < 1:
             low = moments.kept.amin(1).quantile(1 - self.quantile)
             high = moments.kept.amax(1).quantile(self.quantile)
-        made = StaticStep(width, self.bits, self.symmetric)
-        if self.symmetric:
-            made.scale.copy_(unless_zero(torch.maximum(-low, high).clamp(min=0) / (2 ** (self.bits - 1) - 1)))
-        else:
-            scale, zero = scale_and_zero(low, high, self.bits)
-            made.scale.copy_(scale)
-            made.zero.copy_(zero)
-        return made
+        if not self.symmetric:
+            return StaticStep.of(width, self.bits, *scale_and_zero(low, high, self.bits))
+        return StaticStep.of(width, self.bits, symmetric_scale(torch.maximum(-low, high).clamp(min=0), self.bits))
+
+
+def symmetric_scale(most: Tensor, bits: int) -> Tensor:
+    """The scale with which the largest code stands for `most`; of constant zeros 1."""
+    return unless_zero(most / (2 ** (bits - 1) - 1))
 
 
 class StaticStep(InputStep):
-    """See `Static`. scale, zero: fp32 numbers; of a symmetric step the zero is 0 and codes are signed."""
+    """See `Static`. scale, zero: fp32 numbers, or `[in]` with `channels`, one for each; of a symmetric step the zero is
+    0 and codes are signed.
+    """
 
     kind = "static"
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, width: int, bits: int = 8, symmetric: bool = True) -> None:
+    def __init__(self, width: int, bits: int = 8, symmetric: bool = True, channels: bool = False) -> None:
         super().__init__(width)
-        self.bits, self.symmetric = bits, symmetric
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("zero", torch.zeros(()))
+        self.bits, self.symmetric, self.channels = bits, symmetric, channels
+        shape = (self.width,) if channels else ()
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero", torch.zeros(shape))
+
+    @classmethod
+    def of(cls, width: int, bits: int, scale: Tensor, zero: Tensor | None = None) -> StaticStep:
+        """One with that scale and zero; without a zero it is symmetric."""
+        made = cls(width, bits, zero is None, scale.ndim > 0)
+        made.scale.copy_(scale)
+        if zero is not None:
+            made.zero.copy_(zero)
+        return made
 
     def settings(self) -> dict[str, Any]:
-        return {"bits": self.bits, "symmetric": self.symmetric}
+        return {"bits": self.bits, "symmetric": self.symmetric, "channels": self.channels}
 
     def forward(self, inputs: Tensor) -> Tensor:
         least = -(2 ** (self.bits - 1)) if self.symmetric else 0
