@@ -135,6 +135,25 @@ class CausalPolicy:
         )
         return Likelihood(found.logp, found.entropy, found.divergence, hidden, head, experts=chosen)
 
+    @contextmanager
+    def recomputing(self, wanted: bool = True) -> Iterator[None]:
+        """Inside, a layer in training keeps its input alone for the backward pass and computes the rest again there
+        (activation checkpointing): less memory, a third more work, the same result.
+        """
+        if not wanted:
+            yield
+            return
+        try:
+            self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise PosttrainError(
+                f"{self.name}: {type(self.base).__name__} cannot compute its layers again; set checkpointing: false"
+            ) from error
+        try:
+            yield
+        finally:
+            self.base.gradient_checkpointing_disable()
+
     def hidden_states(self, batch: Batch) -> Tensor:
         """`[M, width]` final hidden states that predict the action tokens, without their log-probabilities."""
         return self._packed_hidden(batch) if self.packs else self._padded_hidden(batch)

@@ -88,7 +88,7 @@ def load(
     elif Path(name).is_file():
         found, tokenizer = _from_gguf(Path(name), dtype)
     elif Path(name).is_dir():
-        folder = _model_folder(Path(name))
+        folder = model_folder(Path(name))
         if (read := reader(folder)) is not None:
             return read(folder, dtype, place, name)
         found, tokenizer = _from_folder(folder, dtype, trust_remote_code)
@@ -107,7 +107,7 @@ def _device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def _model_folder(folder: Path) -> Path:
+def model_folder(folder: Path) -> Path:
     for candidate in (folder, folder / "model"):
         if (candidate / "config.json").is_file():
             return candidate

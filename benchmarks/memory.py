@@ -1,0 +1,233 @@
+"""Predicted beside measured: peak memory and time of training steps, by `posttrain plan` and by a process that trains.
+
+    python -m benchmarks.memory                          # three models by three methods, about five minutes
+    python -m benchmarks.memory --models qwen-26m --methods grpo
+
+Each measurement is a process of its own that trains two steps on random tokens. What it holds before its model is there
+(Python, the imported libraries, a tokenizer, one warm product) is its baseline; measured is the largest resident set
+(VmHWM) minus that. Predicted is the plan's peak without the process, from the configuration alone. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+TOLERANCE = 0.2
+STEPS = 2  # the moments are there from the second on
+
+# what differs from a family's defaults; a name alone is a bundled model
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "smollm2-135m": ("", {}),
+    "llama-59m": (  # five sixths of its parameters are the vocabulary's
+        "Llama",
+        {"vocab_size": 128256, "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6,
+         "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
+    "qwen-26m": (  # deep and narrow, normed queries and keys, a vocabulary matrix of its own
+        "Qwen3",
+        {"vocab_size": 32768, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": False},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A step: rows or prompts, tokens of each prompt and completion, completions a prompt (online)."""
+
+    batch: int
+    prompt: int
+    completion: int
+    group: int = 1
+
+
+METHODS = {
+    "sft": Work(batch=8, prompt=64, completion=192),
+    "dpo": Work(batch=4, prompt=96, completion=96),
+    "grpo": Work(batch=4, prompt=64, completion=32, group=8),
+}
+
+
+def method_of(name: str) -> Any:
+    """The method with the settings of its measurement."""
+    from posttrain.methods.registry import find
+
+    work = METHODS[name]
+    settings: dict[str, Any] = {"batch": work.batch, "steps": STEPS, "schedule": "constant", "warmup": 0.0}
+    if work.group > 1:
+        settings |= {"group": work.group, "max_tokens": work.completion}
+    return find(name).stages[0].with_settings(**settings)
+
+
+def config_of(model: str) -> Any:
+    """The configuration of one of `MODELS`."""
+    import transformers
+
+    from posttrain.plan.outline import read_config
+
+    family, differing = MODELS[model]
+    return getattr(transformers, f"{family}Config")(**differing) if family else read_config(model)
+
+
+# -- one measurement, in a process of its own ------------------------------------------------------------------------
+
+
+def measure(model: str, name: str) -> dict[str, Any]:
+    """Train and say what it took: bytes of the baseline and beyond it, seconds of the last step."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from benchmarks.ours import InOrder, Stopwatch
+    from posttrain.models.allocator import keep_freed_memory
+    from posttrain.models.causal import CausalPolicy
+    from posttrain.models.load import best_dtype, bundled_folder, load
+    from posttrain.plan.device import resident
+    from posttrain.reward.reward import Reward
+    from posttrain.rollout.embedded import EmbeddedEngine
+    from posttrain.training.collect import Offline, Online
+    from posttrain.training.loop import Trainer
+    from posttrain.trajectory import Group, Prompt, Trajectory
+
+    logging.disable_progress_bar()
+    keep_freed_memory()
+    dtype, work, method = best_dtype(torch.device("cpu")), METHODS[name], method_of(name)
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder("smollm2-135m"))
+    warm = torch.ones(64, 64, dtype=dtype, requires_grad=True)
+    (warm @ warm).sum().backward()
+    config = config_of(model)
+    baseline = resident()
+
+    torch.manual_seed(0)
+    if MODELS[model][0]:
+        made = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        policy = CausalPolicy(made.eval(), tokenizer, model)
+    else:
+        policy = load(model)
+    vocabulary = policy.head().weight.shape[0]
+
+    def tokens(count: int) -> torch.Tensor:
+        return torch.randint(10, vocabulary, (count,))
+
+    def sequence(prompt: torch.Tensor) -> Trajectory:
+        whole = torch.cat([prompt, tokens(work.completion)])
+        return Trajectory(whole, torch.arange(len(whole)) >= work.prompt)
+
+    watch = Stopwatch()
+    source: Any
+    if method.online:
+        prompts = [Prompt(tokens(work.prompt), key=i) for i in range(STEPS * work.batch)]
+        engine = EmbeddedEngine(policy, rows=method.settings.rollout_rows)
+        reward = Reward({"characters": (_reward, 1.0)})
+        source = Online(prompts, InOrder(prompts), method.settings, engine, reward, seed=0)
+    else:
+        groups = []
+        for _ in range(STEPS * work.batch):
+            prompt = tokens(work.prompt)
+            members = [sequence(prompt) for _ in range(2 if method.data == "preferences" else 1)]
+            if len(members) == 2:
+                members[0].label, members[1].label = "chosen", "rejected"
+            groups.append(Group(members))
+        source = Offline(groups, InOrder(groups), method.settings)
+    Trainer(policy, method, source, tracker=watch).run()
+    lengths = [length for step in watch.done for _, parts in step.groups for length in parts]
+    return {
+        "baseline": baseline,
+        "measured": _high_water() - baseline,
+        "seconds": watch.done[-1].ended - watch.done[-2].ended,
+        "completion_tokens": sum(lengths) / len(lengths),
+        "threads": torch.get_num_threads(),
+        "precision": str(dtype).removeprefix("torch."),
+    }
+
+
+def _reward(completion: str, prompt: Any) -> float:
+    return float(sum(map(ord, completion)) % 97)
+
+
+def _high_water() -> float:
+    """Bytes of the largest resident set so far."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM"):
+            return float(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM; this benchmark needs Linux")
+
+
+# -- all of them -----------------------------------------------------------------------------------------------------
+
+
+def predict(model: str, name: str, device: Any) -> dict[str, Any]:
+    """Bytes beyond the process, by part, and seconds of a step, from the configuration alone."""
+    import torch
+
+    from posttrain.models.load import best_dtype
+    from posttrain.plan.planner import Planner
+    from posttrain.plan.rehearsal import Lengths
+
+    work = METHODS[name]
+    planner = Planner(
+        config_of(model), method_of(name), Lengths(work.prompt, work.completion), device,
+        best_dtype(torch.device("cpu")), name=model,
+    )  # fmt: skip
+    setting = planner.setting({}, 1)
+    made = setting.rehearsal
+    return {
+        "predicted": made.peak.bytes,
+        "parts": made.peak.parts,
+        "phases": {phase: peak.bytes for phase, peak in made.phases.items()},
+        "predicted_seconds": sum(setting.seconds.values()),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--one", nargs=2, metavar=("MODEL", "METHOD"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(*options.one)))
+        return 0
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from posttrain.plan.device import this_machine
+
+    device, found = this_machine(), []
+    for model in options.models:
+        for name in options.methods:
+            print(f"{model}, {name} ...", file=sys.stderr, flush=True)
+            ran = subprocess.run(
+                [sys.executable, "-m", "benchmarks.memory", "--one", model, name],
+                stdout=subprocess.PIPE, text=True, check=True,
+            )  # fmt: skip
+            figures = json.loads(ran.stdout.splitlines()[-1]) | predict(model, name, device)
+            ratio = figures["predicted"] / figures["measured"]
+            found.append({"model": model, "method": name, **figures, "ratio": ratio})
+    options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    table = Table(title="Peak memory beyond the process, MiB; seconds a step", title_justify="left")
+    for heading in ("model", "method", "predicted", "measured", "ratio", "s predicted", "s measured"):
+        table.add_column(heading, justify="left" if heading in ("model", "method") else "right")
+    for row in found:
+        table.add_row(
+            row["model"], row["method"], f"{row['predicted'] / 2**20:,.0f}", f"{row['measured'] / 2**20:,.0f}",
+            f"{row['ratio']:.2f}", f"{row['predicted_seconds']:.2f}", f"{row['seconds']:.2f}",
+        )  # fmt: skip
+    Console().print(table)
+    worst = max(abs(row["ratio"] - 1) for row in found)
+    print(f"largest error {worst:.0%}, wanted within {TOLERANCE:.0%}: {'met' if worst <= TOLERANCE else 'missed'}")
+    return 0 if worst <= TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""A ledger of memory: every tensor that a piece of code makes on a device, as long as it lives, by what it is for.
+
+It looks at the operations underneath autograd, so that it sees what a forward pass saves for the backward pass, what a
+backward pass allocates, and when each is let go of. On the `meta` device tensors have sizes and no memory, so that the
+training of a model of any size can be rehearsed on a laptop; on the CPU the same ledger counts real tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+Part = Literal[
+    "weights", "masters", "moments", "gradients", "reference", "teacher", "critic",
+    "activations", "vocabulary", "cache", "workspace", "kept",
+]  # fmt: skip
+PARTS: dict[Part, str] = {
+    "weights": "the model as it computes, adapters included",
+    "masters": "fp32 copies of trained weights of a lower precision",
+    "moments": "two fp32 moments of AdamW",
+    "gradients": "sums over micro-batches, fp32",
+    "reference": "the frozen policy",
+    "teacher": "the teacher",
+    "critic": "the value head",
+    "activations": "what a micro-batch's forward pass keeps for the backward pass",
+    "vocabulary": "logits in chunks, the gradient of the vocabulary matrix",
+    "cache": "keys and values of completions that are being drawn",
+    "workspace": "gradients of activations and other passing tensors",
+    "kept": "freed, and kept by the allocator for later",
+}
+SPREAD: tuple[Part, ...] = ("weights", "masters", "moments", "gradients", "reference")  # over devices, by FSDP
+
+
+@dataclass(slots=True)
+class Peak:
+    """bytes: the most that was held at once. parts: how it was made up then. work: floating-point operations."""
+
+    bytes: float = 0.0
+    parts: dict[Part, float] = field(default_factory=dict)
+    work: float = 0.0
+
+
+@functools.cache
+def _composite(func: Any) -> bool:
+    """Whether an operation is nothing but others."""
+    name = func.name()
+    has: Callable[[str, str], bool] = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has(name, "CompositeImplicitAutograd") and not has(name, "Meta")
+
+
+def _number(tensor: Tensor) -> bool | int | float:
+    if tensor.dtype == torch.bool:
+        return not hasattr(tensor, "asked_of_any")
+    return 1.0 if tensor.dtype.is_floating_point else 1
+
+
+class Ledger(TorchDispatchMode):
+    """Counts tensors that are made on `device` while it is active, and those that `hold` is told of.
+
+    kept: blocks of at most this many bytes stay with the process when they are freed, as the C library's heap does when
+        it is told not to shrink (`models/allocator.py`); larger ones go back to the system. 0: all of them do.
+    share: how much of a part's bytes is counted (1 where nothing is said), since what is spread over devices is on each
+        only in part.
+    phases: the peak and the work of each named stretch.
+    """
+
+    def __init__(self, device: str = "meta", kept: int = 0, share: Mapping[Part, float] | None = None) -> None:
+        super().__init__()
+        self.device, self.kept, self.share = device, kept, dict(share or {})
+        self.live: Counter[Part] = Counter()
+        self.phases: dict[str, Peak] = {}
+        self.peak = Peak()
+        self._entries: dict[int, tuple[weakref.ref[Any], float, Part, bool]] = {}
+        self._small = self._small_top = self._large = 0.0
+        self._part: Part = "workspace"
+        self._phase = Peak()
+
+    # -- what the rehearsal says -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def part(self, name: Part) -> Iterator[None]:
+        """What is made inside is of this part."""
+        before = self.switch(name)
+        try:
+            yield
+        finally:
+            self._part = before
+
+    def switch(self, name: Part) -> Part:
+        """From now on tensors are of this part; returns what they were of."""
+        before, self._part = self._part, name
+        return before
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[Peak]:
+        """A named stretch with a peak and work of its own."""
+        before, self._phase = self._phase, self.phases.setdefault(name, Peak())
+        self._note()
+        try:
+            yield self._phase
+        finally:
+            self._phase = before
+
+    def hold(self, tensors: Iterable[Tensor], name: Part) -> None:
+        """Count tensors that are there already, or count them to another part or by another share."""
+        for tensor in tensors:
+            self.drop(tensor)
+            with self.part(name):
+                self._see(tensor)
+
+    def drop(self, tensor: Tensor) -> None:
+        """Count a tensor no longer."""
+        storage = tensor.untyped_storage()
+        entry = self._entries.get(id(storage))
+        if entry is not None and entry[0]() is storage:
+            self._forget(id(storage), entry[0])
+
+    # -- what happens ------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            # a number is read from a tensor that holds none; what is asked of all is so, and of any is not
+            return _number(args[0])
+        if _composite(func):  # without autograd, operations arrive here before they are taken apart
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        for found in tree_leaves(out):
+            if isinstance(found, Tensor):
+                self._see(found)
+        if func._overloadpacket is torch.ops.aten.any:
+            out.asked_of_any = True
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.worked(formula(*args, **kwargs, out_val=out))
+        return out
+
+    def worked(self, operations: float) -> None:
+        """Floating-point operations that were done; those of matrix products are counted without being told."""
+        self.peak.work += operations
+        self._phase.work += operations
+
+    def _see(self, tensor: Tensor) -> None:
+        if tensor.device.type != self.device:
+            return
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        known = self._entries.get(key)
+        if known is not None and known[0]() is storage:
+            return  # a view, or changed in place
+        part = self._part
+        size = storage.nbytes() * self.share.get(part, 1.0)
+        small = size <= self.kept
+        self._entries[key] = (weakref.ref(storage, lambda gone: self._forget(key, gone)), size, part, small)
+        self.live[part] += size  # type: ignore[assignment]
+        if small:
+            self._small += size
+            self._small_top = max(self._small_top, self._small)
+        else:
+            self._large += size
+        self._note()
+
+    def _forget(self, key: int, which: weakref.ref[Any]) -> None:
+        entry = self._entries.get(key)
+        if entry is None or entry[0] is not which:
+            return  # the place of a storage that is gone may be another's by now
+        _, size, part, small = self._entries.pop(key)
+        self.live[part] -= size  # type: ignore[assignment]
+        if small:
+            self._small -= size
+        else:
+            self._large -= size
+
+    @property
+    def held(self) -> float:
+        """Bytes that the process holds now, freed ones that the allocator keeps included."""
+        return self._large + self._small_top
+
+    def _note(self) -> None:
+        for peak in (self.peak, self._phase):
+            if self.held > peak.bytes:
+                peak.bytes = self.held
+                peak.parts = {name: size for name, size in self.live.items() if size > 0}
+                if (idle := self.held - sum(peak.parts.values())) > 1:
+                    peak.parts["kept"] = idle
