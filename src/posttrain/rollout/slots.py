@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from posttrain.models.attention import LayerState, TokenChoice
+from posttrain.native import library, softmax
 
 GROWTH = 32  # tokens by which the slots grow
 
@@ -28,6 +29,7 @@ class Slots:
         self.length = torch.zeros(count, dtype=torch.int64)
         self.active = 0
         self._rows = torch.arange(count)
+        self._seen: dict[int | None, Tensor] = {}
         self._masks: dict[int | None, Tensor] = {}
 
     def admit(self, prompt: dict[int, LayerState], part: slice, copies: int) -> int:
@@ -94,18 +96,25 @@ class Slots:
         """Prepare a decode step of all running rows; returns the position of each one's new token, `[active]`."""
         positions = self.length[: self.active].clone()
         self._grow(int(positions.max()) + 1)
+        self._seen.clear()
         self._masks.clear()
         self._positions = positions.to(next(iter(self.keys.values())).device)
         self.length[: self.active] += 1
         return positions
 
-    def _mask(self, window: int | None) -> Tensor:
-        """`[active, 1, 1, keys]` fp32: 0 where the new token may look, -inf elsewhere; made once a step and window."""
-        if window not in self._masks:
+    def _visible(self, window: int | None) -> Tensor:
+        """`[active, 1, 1, keys]` bool: where the new token may look; made once a step and window."""
+        if window not in self._seen:
             distance = self._positions[:, None] - torch.arange(self.room, device=self._positions.device)
-            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            mask = torch.zeros(hidden.shape, device=hidden.device)
-            self._masks[window] = mask.masked_fill_(hidden, float("-inf"))[:, None, None]
+            seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            self._seen[window] = seen[:, None, None]
+        return self._seen[window]
+
+    def _mask(self, window: int | None) -> Tensor:
+        """The same in fp32: 0 where the new token may look, -inf elsewhere."""
+        if window not in self._masks:
+            seen = self._visible(window)
+            self._masks[window] = torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))
         return self._masks[window]
 
     def attend(
@@ -131,10 +140,15 @@ class Slots:
         keys, values = store_k[: self.active], store_v[: self.active]
         if choice is not None:
             self.labels[layer][rows, :, self._positions] = choice.labels(key)[:, :, 0]
-            labels, visible = self.labels[layer][: self.active], self._mask(window) == 0
+            labels, visible = self.labels[layer][: self.active], self._visible(window)
             return choice.attend(query, keys, values, labels, visible, scale, softcap).transpose(1, 2)
         stacked = query.reshape(len(rows), keys.shape[1], -1, query.shape[-1])
-        scores = (stacked @ keys.transpose(-1, -2)).float() * scale
+        products = stacked @ keys.transpose(-1, -2)
+        if softcap is None and library.there_for(products, values):
+            by_head = products.view(len(rows), query.shape[1], 1, -1)
+            weights = softmax.attention_weights(by_head, self._visible(window), scale).view(products.shape)
+            return (weights @ values).reshape(len(rows), 1, query.shape[1], -1)
+        scores = products.float() * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         weights = torch.softmax(scores + self._mask(window), -1).to(values.dtype)
