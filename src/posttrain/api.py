@@ -29,6 +29,7 @@ from posttrain.recipe import (
     check,
     checked,
     checked_settings,
+    cluster_of,
     engine_choice,
 )
 from posttrain.rollout.engine_choice import engine_for
@@ -55,6 +56,7 @@ def train(
     budget: str | float | None = None,
     evaluate: dict[str, Any] | None = None,
     engine: str | dict[str, Any] | None = None,
+    cluster: str | dict[str, Any] | None = None,
     show: bool = True,
     shard: bool | None = None,
     **settings: Any,
@@ -73,6 +75,8 @@ def train(
         evaluate: `samples`, `holdout`, `max_tokens`, `temperature`, `k`, `before`.
         engine: what draws completions: `embedded`, `vllm`, `vllm-server`, the URL of a running vLLM server, or a
             mapping with `name` and the options of `EngineChoice`.
+        cluster: workers that draw and score completions: the address of a Ray cluster (`local`, `auto`, ...), or a
+            mapping with what `Cluster` takes.
         shard: of several processes that torchrun started: spread the weights over them (see `execute`).
         settings: any setting of `Settings`, for every stage (`steps=60, learning_rate=1e-5`).
     Returns:
@@ -101,6 +105,7 @@ def train(
         checked(EvaluateSpec, evaluate or {}, ("evaluate",), where),
         seed,
         engine=engine_choice(engine, where),
+        cluster=cluster_of(cluster, where),
         where=where,
     )
     check(recipe)
