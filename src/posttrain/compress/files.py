@@ -19,13 +19,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from posttrain.compress import rounded_attention
 from posttrain.compress.experts import is_unfused, unfuse
 from posttrain.compress.packed import inputs as steps
 from posttrain.compress.packed import weight as weights
+from posttrain.compress.packed.inputs import InputStep
 from posttrain.compress.packed.linear import PackedLinear, TransformedLinear
 from posttrain.compress.pipeline import LayerSummary, Summary, bits_and_bytes
+from posttrain.compress.rounded_attention import AttentionRounding
 from posttrain.compress.sparse_attention import ChosenTokens, heed
 from posttrain.compress.stacks import replace_module
+from posttrain.models.mixers import Mixer, take_apart
 from posttrain.training.checkpoint import sync
 from posttrain.trajectory import PosttrainError
 
@@ -107,6 +111,8 @@ def _write(policy: CausalPolicy, folder: Path, about: dict[str, Any]) -> None:
         "unfused": is_unfused(model),
         "layers": {n: _described(m) for n, m in modules.items() if isinstance(m, PackedLinear | TransformedLinear)},
         "attention": {n.rpartition(".")[0]: m.settings() for n, m in modules.items() if isinstance(m, ChosenTokens)},
+        "rounded": {n.rpartition(".")[0]: m.settings() for n, m in modules.items() if isinstance(m, AttentionRounding)},
+        "mixers": {n: _steps_of(m) for n, m in modules.items() if isinstance(m, Mixer)},
         "biases": [n for n, m in modules.items() if type(m) is nn.Linear and m.bias is not None],
     }
     write_model(policy, folder, config, tensors(model))
@@ -138,6 +144,11 @@ def _described(layer: PackedLinear | TransformedLinear) -> dict[str, Any]:
     """How a layer is stored; a transformed layer that was left float has no packed weight."""
     weight = weights.written(layer.weight) if isinstance(layer, PackedLinear) else None
     return {"weight": weight, "bias": layer.bias is not None, "inputs": steps.written(layer.inputs)}
+
+
+def _steps_of(mixer: Mixer) -> dict[str, Any]:
+    """What a mixer rounds, by place."""
+    return {place: steps.written(found) for place, found in mixer.rounding.items() if isinstance(found, nn.Sequential)}
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -221,13 +232,22 @@ def _empty(described: dict[str, Any], quantization: dict[str, Any], dtype: torch
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if quantization["unfused"]:
         unfuse(model)
+    if quantization.get("mixers"):
+        take_apart(model, tried=False)
     _know_all_formats()
+    for name, places in quantization.get("mixers", {}).items():
+        for place, described_steps in places.items():
+            model.get_submodule(name).rounding[place] = steps.from_written(described_steps)
     for name, layer in quantization["layers"].items():
         replace_module(model, name, _layer(model.get_submodule(name), layer, dtype))
     for name, settings in quantization.get("attention", {}).items():
         model.get_submodule(name).token_choice = ChosenTokens(**settings)
     if quantization.get("attention"):
         heed(model)
+    for name, settings in quantization.get("rounded", {}).items():
+        model.get_submodule(name).attention_rounding = AttentionRounding.of_settings(settings)
+    if quantization.get("rounded"):
+        rounded_attention.heed(model)
     for name in quantization["biases"]:
         linear = model.get_submodule(name)
         if linear.bias is None:  # a transform added it
@@ -273,6 +293,7 @@ def _fill(model: Any, state: dict[str, Tensor], folder: Path, kept: str | None, 
     wanted = model.state_dict()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     packed = {f"{n}.{b}" for n, m in layers.items() for b, _ in m.named_buffers() if b != "bias"}
+    packed |= {f"{n}.{b}" for n, m in model.named_modules() if isinstance(m, InputStep) for b, _ in m.named_buffers()}
     for name, tensor in state.items():
         if name not in wanted:
             raise PosttrainError(f"{folder / WEIGHTS} holds {name}, which its config.json does not know")
@@ -313,4 +334,5 @@ def _done(model: nn.Module, about: dict[str, Any]) -> Summary:
         bits,
         size,
         dict(about.get("arguments") or {}),
+        list(about.get("left") or []),
     )

@@ -55,9 +55,11 @@ from posttrain.methods.sampling import reinforce_ada
 from posttrain.methods.self_play import eva
 from posttrain.methods.self_training import mm_upt, sapo
 from posttrain.methods.sparsity import double_sparsity, granet, magnitude, paser, sparsegpt, wanda
+from posttrain.methods.state_space import quamba
 from posttrain.methods.supervised import asft, dft, raft, sft
 from posttrain.methods.transforms import awq, crossquant, os_plus, quarot, smoothquant
 from posttrain.methods.vector import decoupleq, vptq
+from posttrain.methods.vision import dopq_vit, repquant
 from posttrain.methods.zero import expert_iteration, process_grpo, zero_rl
 from posttrain.training.method import Method, Pipeline
 
@@ -89,6 +91,7 @@ __all__ = [
     "decoupleq",
     "dft",
     "dmmv",
+    "dopq_vit",
     "double_sparsity",
     "dpo",
     "dpo_norm",
@@ -143,6 +146,7 @@ __all__ = [
     "ptq1_61",
     "ptqtp",
     "q_vlm",
+    "quamba",
     "quarot",
     "raft",
     "recap",
@@ -153,6 +157,7 @@ __all__ = [
     "reinforce_plus_plus",
     "remax",
     "rep_exp",
+    "repquant",
     "rif_rft",
     "riskpo",
     "rloo",
