@@ -54,7 +54,7 @@ STAGE = {"batch": 4, "learning_rate": 1e-3, "schedule": "constant", "warmup": 0.
 
 def recipe(model: str, **sft: Any) -> dict[str, Any]:
     """SFT with early stopping looked at, then GRPO with a reward whose components are told apart."""
-    reward = {"length": {"maximum": 3}, "format": {"pattern": "a.*", "weight": 0.2}}
+    reward = {"format": {"pattern": ".*[a-z].*"}, "length": {"maximum": 5, "unit": "characters", "weight": 0.2}}
     online = {**STAGE, "steps": 2, "group": 3, "max_tokens": 6, "reward": reward}
     return {
         "model": {"id": model, "precision": "fp32"}, "task": TASK, "seed": 3,
@@ -179,6 +179,7 @@ def test_a_whole_run_is_written_once_and_as_one_process_writes_it(place: Path, t
     whole_run({"recipe": recipe(str(place / "model")), "folder": str(tmp_path / "run"), "shard": None})
     two, single = place / "run", tmp_path / "run"
     assert {p.name for p in two.rglob("*")} == {p.name for p in single.rglob("*")}
+    assert any(row.get("undecided", 0) > 0 for row in rows(single / "metrics.jsonl")), "no group has a gradient"
     metrics, true = plain(rows(two / "metrics.jsonl")), plain(rows(single / "metrics.jsonl"))
     assert [(m["stage"], m["step"], "loss" in m) for m in metrics] == [
         (m["stage"], m["step"], "loss" in m) for m in true
