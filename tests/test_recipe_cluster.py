@@ -74,6 +74,7 @@ def test_a_run_with_an_isolated_reward_that_crashes(tmp_path: Path) -> None:
     state = json.loads((run.folder / "run.json").read_text())
     assert state["status"] == "finished"
     note = r"grpo: rewards that raised: reward (\d+) \(crash \1\); the first: reward: its process ended \(exit code 5\)"
-    assert any(re.fullmatch(note, line) for line in state["notes"]), state["notes"]
+    (failed,) = (int(found[1]) for line in state["notes"] if (found := re.fullmatch(note, line)))
     metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row.get("reward_errors", 0) for row in metrics if "loss" in row) == failed > 0
     assert [row["staleness"] for row in metrics if "loss" in row] == [0, 1, 1, 1]

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ import torch
 from posttrain.rollout.environment import Reply
 from posttrain.rollout.pool.cluster import Cluster, joined
 from posttrain.trajectory import Completion, Prompt
+from tiny_training import letters
 
 ROOM = Cluster(workers=4)
 PATIENCE = 300  # seconds, on a machine that has other things to do
@@ -88,20 +88,30 @@ def killing(file: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Mortal:
-    """Two turns. The first time that the prompt `key` is answered its worker hangs until it is killed."""
+    """Two turns. The first time that the prompt `key` is answered in that turn its worker hangs until it is killed."""
 
     file: str
     key: int
+    turn: int = 1
     max_turns: int = 2
 
     def respond(self, prompt: Prompt, completions: list[Completion], turn: int) -> Reply:
-        if self.file and prompt.key == self.key and turn == 1:
+        if self.file and prompt.key == self.key and turn == self.turn:
             hang_once(Path(self.file))
         return Reply(torch.tensor([5, 6, 7 + turn]), reward=0.5 * turn, done=turn == 1)
 
 
-def mortal_letters(completion: str, prompt: Any) -> float:
-    """Share of letters; where the environment variable names a file, its worker hangs once until it is killed."""
-    if (file := os.environ.get("MORTAL_REWARD")) and prompt.key == 2:
-        hang_once(Path(file))
-    return sum(c.isalpha() for c in completion) / (1 + len(completion))
+@dataclass(frozen=True)
+class MortalLetters:
+    """Share of letters. The first time that a completion of prompt 2 is scored its worker hangs until it is killed."""
+
+    file: str
+
+    def __call__(self, completion: str, prompt: Prompt) -> float:
+        if prompt.key == 2:
+            hang_once(Path(self.file))
+        return letters(completion, prompt)
+
+
+def vowels(completion: str, prompt: Prompt) -> float:
+    return sum(c in "aeiou" for c in completion) / (1 + len(completion))

@@ -52,6 +52,10 @@ def train(
         str | None,
         typer.Option(help="What draws completions: embedded, vllm, vllm-server, the URL of a vLLM server, or YAML."),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Workers on a Ray cluster that draw completions: local, auto, HOST:PORT, or YAML."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="The run folder (default: a new one under runs/).")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     shard: Annotated[bool, typer.Option("--shard", help=SHARD)] = False,
@@ -84,6 +88,9 @@ def train(
     if engine is not None:
         values["engine"] = inline("--engine", engine)
         places["engine",] = f"--engine {engine}"
+    if cluster is not None:
+        values["cluster"] = inline("--cluster", cluster)
+        places["cluster",] = f"--cluster {cluster}"
     dotted = [text for text in overrides or [] if "." in text.partition("=")[0]]
     recipe = parse_recipe(*override(values, dotted, Where("", {}, places)))
     finish(execute(recipe, folder=output, command=command(), shard=shard or None))

@@ -107,7 +107,7 @@ class Online:
         admitted: list[Group] = []
         seen: list[Group] = []
         figures: dict[str, float] = {}
-        begun = time.perf_counter()
+        begun, failed = time.perf_counter(), sum(self.reward.errors.values())
         rollouts = self._survey(step, progress, figures)
         for round_ in range(MAX_ROUNDS):
             context = self._context(step, round_, progress, figures)
@@ -130,6 +130,8 @@ class Online:
             metrics |= self.sampler.metrics()
         metrics["rollout_seconds"] = time.perf_counter() - begun
         metrics["completions_per_second"] = rollouts / metrics["rollout_seconds"]
+        if errors := sum(self.reward.errors.values()) - failed:
+            metrics["reward_errors"] = float(errors)
         if len(seen) != len(admitted):
             metrics["admitted"] = len(admitted) / len(seen)
         # nothing admitted after all rounds: the step goes on with what there is, and its gradient is zero
