@@ -200,32 +200,25 @@ def fussy(completion: str, prompt: Prompt) -> float:
 
 
 def test_a_recipe_with_a_cluster(tmp_path: Path) -> None:
-    """A whole run: the model that it ends in is that of the same recipe without a cluster, and its workers are gone."""
+    """A whole run: the model that it ends in is that of the same recipe without a cluster, workers and all."""
     make_model().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"p{i}", "answer": "a"} for i in range(8)]
+    grpo = {"steps": 2, "batch": 4, "group": 3, "max_tokens": 6, "learning_rate": 1e-3, "staleness": 1}
     chosen = {
         "model": {"id": str(tmp_path / "model"), "precision": "fp32"},
-        "task": {
-            "file": [{"prompt": f"p{i}", "answer": "a"} for i in range(8)],
-            "heldout": 2,
-            "reward": "ray_cluster:vowels",
-        },
-        "stages": [
-            {"grpo": {"steps": 2, "batch": 4, "group": 3, "max_tokens": 6, "learning_rate": 1e-3, "staleness": 1}}
-        ],
+        "task": {"file": rows, "heldout": 2, "reward": "ray_cluster:vowels"},
+        "stages": [{"grpo": grpo}],
         "evaluate": {"max_tokens": 6},
     }
-    ends = {}
+    ends, logs = {}, {}
     for name, more in (("plain", {}), ("cluster", {"cluster": {"workers": 2, "reward_workers": 1, "piece": 2}})):
         run = execute(parse_recipe({**chosen, **more}), folder=tmp_path / name, show=False)
         ends[name] = weights(run.model)
+        logs[name] = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     for name, value in ends["plain"].items():
         assert torch.allclose(value, ends["cluster"][name], atol=1e-4), name
-    rows = {
-        name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ends
-    }
-    for one, other in zip(rows["plain"], rows["cluster"], strict=True):
+    for one, other in zip(logs["plain"], logs["cluster"], strict=True):
         for figure in one.keys() & {"reward", "length", "truncated", "heldout_accuracy", "staleness", "rollouts"}:
             assert one[figure] == pytest.approx(other[figure]), figure
     assert "cluster:" in (tmp_path / "cluster" / "recipe.yaml").read_text()
