@@ -65,10 +65,14 @@ def test_minirl_corrects_what_the_engine_computes_differently() -> None:
         trainer(methods.minirl().replace(rollouts=rollouts), minibatches=1)
         for rollouts in (methods.minirl().rollouts, LowPrecision(3))
     )
-    assert abs(stepped(exact)["sampler_kl"]) < 1e-5
+    agreed = stepped(exact)
+    assert abs(agreed["sampler_kl"]) < 1e-5
+    assert agreed["sampler_ess"] == pytest.approx(1, abs=1e-6)
     collected = rough.source.collect(0)
     apart = rough.step(collected)
     assert abs(apart["sampler_kl"]) > 1e-3
+    assert apart["sampler_ess"] == pytest.approx(1 / (1 + apart["sampler_chi2"]))
+    assert apart["sampler_ess"] < 0.9999
     same = trainer(methods.minirl())
     for group in collected.groups:  # the same completions, as if the engine had agreed
         for t in group.trajectories:

@@ -193,6 +193,8 @@ def test_the_divergence_from_the_sampler_is_over_the_tokens_it_drew() -> None:
     batch.behaviour_logp_full = torch.tensor([-0.5, float("nan"), -3.25])
     loss = run(Objective(Demonstration()), batch, logp)
     assert loss.metrics["sampler_kl"] == pytest.approx((0.5 - 0.25, 2))
+    weights = torch.tensor([-0.5, 0.25]).exp()
+    assert loss.metrics["sampler_chi2"] == pytest.approx((float((weights - 1).square().sum()), 2))
     batch.behaviour_logp_full = torch.full((3,), float("nan"))
     assert "sampler_kl" not in run(Objective(Demonstration()), batch, logp).metrics
 

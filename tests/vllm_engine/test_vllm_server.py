@@ -130,15 +130,10 @@ def test_attached_by_url_weights_go_over_the_wire(
     assert_same(engine.generate(prompts(), 1, GREEDY, 0), embedded(policy))
 
 
-def test_a_server_of_another_model_refuses_the_weights(
-    engine: VllmEngine, policy: CausalPolicy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("posttrain.rollout.vllm.engine.ATTEMPTS", 1)
-    monkeypatch.setattr("posttrain.rollout.vllm.engine.PAUSE", 0.1)
-    wider = VllmEngine(
-        make_policy(0, intermediate_size=320, **UNTIED), Served(*server_of(engine)), say=lambda text: None
-    )
-    with pytest.raises(PosttrainError, match=r"failed with 500.*repeated 1 times without"):
+def test_a_server_of_another_model_refuses_the_weights(engine: VllmEngine, policy: CausalPolicy) -> None:
+    """And finds its own way back: weights of an update that broke off are not trusted, nor in the way of the next."""
+    wider = VllmEngine(make_policy(0, intermediate_size=320, **UNTIED), Served(*server_of(engine)))
+    with pytest.raises(PosttrainError, match=r"did not take the weights .*; is it the same model\?"):
         wider.generate(prompts(1), 1, GREEDY, 0)
     wider.close()
     assert_same(engine.generate(prompts(), 1, GREEDY, 0), embedded(policy))

@@ -116,6 +116,11 @@ def sampling_parameters(sampling: Sampling, ends: Sequence[int]) -> dict[str, An
     }
 
 
+def exact(options: dict[str, Any]) -> bool:
+    """Whether vLLM computes in the precision it is told by the policy, and the options tell it no other."""
+    return not {"dtype", "quantization", "quantization_config", "kv_cache_dtype"} & options.keys()
+
+
 def ended(reason: str | None, where: str) -> Literal["stop", "length"]:
     """Why a completion ended; one that vLLM gave up has to be drawn again."""
     if reason == "stop":
@@ -127,4 +132,9 @@ def ended(reason: str | None, where: str) -> Literal["stop", "length"]:
 
 def refused(where: str, reason: str) -> PosttrainError:
     """An error of a request that will not get better by asking again."""
-    return PosttrainError(f"{where} refused the request: {' '.join(reason.split())[:400]}")
+    return PosttrainError(f"{where} refused the request: {one_line(reason)}")
+
+
+def one_line(reason: object, limit: int = 400) -> str:
+    """What an error says, in one line of at most `limit` characters."""
+    return " ".join(str(reason).split())[:limit]

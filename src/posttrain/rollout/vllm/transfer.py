@@ -64,9 +64,9 @@ def _engine() -> type[Any]:
         def start_weight_update(self) -> None:
             from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-            self.missing: set[str] = set()
+            own = {name for name, _ in self.model.named_parameters()}  # a shared one under its first name alone
             initialize_layerwise_reload(self.model)
-            self.missing = {name for name, _ in self.model.named_parameters()}
+            self.missing = own & {name for name, _ in self.model.named_parameters()}
 
         def update_weights(self, update_info: dict[str, Any]) -> None:
             # not the base's, which then waits for an accelerator that may not be there

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -104,7 +105,8 @@ class Exchange:
         self._count += 1
         folder = root / f"weights-{self._count}"
         try:
-            policy.merged().save_pretrained(folder, safe_serialization=True)
+            with _quiet():
+                policy.merged().save_pretrained(folder, safe_serialization=True)
         except OSError as error:
             raise PosttrainError(
                 f"cannot write the weights for vLLM to {root}: {error.strerror or error}; free some space, or name "
@@ -145,6 +147,20 @@ class Exchange:
                     f"cannot make a folder for weights in {place}: {error.strerror}; name another (exchange)"
                 ) from error
         return self.folder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bar that transformers draws for every file it writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _link(source: str, target: str) -> None:
