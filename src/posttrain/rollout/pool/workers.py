@@ -104,7 +104,10 @@ class Workers:
                 return
         with self._lock:
             self._serving -= 1
-            if self._serving or self._closed:
+            if self._closed:
+                return
+            if self._serving:
+                self.say(f"a {self.what} cannot be started; {self._serving} are left: {last_line(error)}")
                 return
         self._fail_waiting(error)
 
