@@ -20,6 +20,7 @@ from vllm_models import GREEDY, assert_same, become, embedded, make_policy, prom
 
 from posttrain.models.causal import CausalPolicy
 from posttrain.rollout.vllm import served
+from posttrain.rollout.vllm.backend import EngineLost, Request, sampling_parameters
 from posttrain.rollout.vllm.engine import VllmEngine
 from posttrain.rollout.vllm.guard import TOKEN
 from posttrain.rollout.vllm.served import Served
@@ -163,6 +164,22 @@ def test_it_is_trained_with(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch,
 
 def letters(completion: str, prompt: object) -> float:
     return sum(c.isalpha() for c in completion) / (1 + len(completion))
+
+
+def test_a_server_that_hangs_is_noticed(
+    engine: VllmEngine, policy: CausalPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It accepts connections and answers none."""
+    monkeypatch.setattr(served, "HEARTBEAT", 1.0)
+    group, attached = process_of(engine).pid, Served(*server_of(engine))
+    asked = [Request(prompts(1)[0].tokens.tolist(), 8, 0)]
+    os.killpg(group, signal.SIGSTOP)
+    try:
+        with pytest.raises(EngineLost, match=r"does not answer .*timed out"):
+            attached.generate(asked, sampling_parameters(GREEDY, []), lambda count: None)
+    finally:
+        os.killpg(group, signal.SIGCONT)
+    assert_same(engine.generate(prompts(), 1, GREEDY, 0), embedded(policy))
 
 
 def test_killed_in_the_middle_of_a_rollout_it_is_repeated(engine: VllmEngine, policy: CausalPolicy) -> None:

@@ -111,7 +111,9 @@ class Served:
             except BaseException:
                 for future in futures:
                     future.cancel()
-                self.server.hang_up()
+                while not all(future.done() for future in futures):
+                    self.server.hang_up()
+                    wait(futures, 0.1)
                 raise
         return [future.result() for future in futures]
 

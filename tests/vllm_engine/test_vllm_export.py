@@ -1,0 +1,96 @@
+"""Exported folders in vLLM on a CPU: it loads them, and takes the tokens that the model takes here.
+
+Of integer weights alone its CPU kernel takes 4 bits, in half precision and bfloat16 (not fp32), with rows and columns
+that 32 divides; with activations of 8 bits by token it takes 8. It computes in half precision what is fp32 here, so
+that two tokens whose logits are nearly equal may change places.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from vllm_models import TOKENIZER, make_policy
+
+from posttrain import export, load, methods, quantize
+from posttrain.compress.method import Compression
+from posttrain.models.causal import CausalPolicy
+from posttrain.rollout.embedded import EmbeddedEngine
+from posttrain.trajectory import Prompt, Sampling
+
+pytestmark = pytest.mark.vllm
+
+GREEDY = Sampling(max_tokens=16, temperature=0)
+TIE = 0.03  # of a logit, whose size is 1 to 20: what half precision may turn around
+MOST_TIES = 3  # of 20 prompts
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+SUBJECTS = ("river", "engine", "number 12", "king", "cell", "market", "verb", "star", "recipe", "law")
+TEXTS = [f"The {subject} {verb}" for subject in SUBJECTS for verb in ("is", "was built because")]
+
+
+def prompts_for(policy: CausalPolicy) -> list[Prompt]:
+    encode = policy.tokenizer.encode
+    return [Prompt(torch.tensor(encode(text)), text=text, key=i) for i, text in enumerate(TEXTS)]
+
+
+def by_vllm(folder: Path, dtype: str, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The tokens that vLLM takes greedily."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(folder), dtype=dtype, max_model_len=128, max_num_seqs=8, enforce_eager=True, generation_config="vllm",
+        seed=0, kv_cache_memory_bytes=1 << 28, disable_log_stats=True,
+    )  # fmt: skip
+    wanted = SamplingParams(temperature=0, max_tokens=GREEDY.max_tokens)
+    asked = [{"prompt_token_ids": prompt.tokens.tolist()} for prompt in prompts]
+    found = [list(output.outputs[0].token_ids) for output in llm.generate(asked, wanted, use_tqdm=False)]
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    return found
+
+
+@torch.no_grad()
+def assert_same(policy: CausalPolicy, prompts: Sequence[Prompt], found: Sequence[list[int]]) -> None:
+    """The same tokens, but where two were nearly equally likely; and there at few prompts."""
+    expected = [row[0].tokens.tolist() for row in EmbeddedEngine(policy).generate(prompts, 1, GREEDY, 0)]
+    ties = 0
+    for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        if at is None:
+            assert len(ours) == len(theirs)
+            continue
+        ties += 1
+        before = torch.cat([prompt.tokens, torch.tensor(ours[:at], dtype=torch.long)])
+        logits = policy.model(before[None]).logits[0, -1].float()
+        assert logits[ours[at]] - logits[theirs[at]] < TIE, (prompt.text, ours, theirs)
+    assert ties <= MOST_TIES
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        (methods.rtn(bits=4, group=32), "float16"),
+        (methods.rtn(bits=4, group=128, zero="none"), "float16"),
+        (methods.smoothquant(), "float32"),
+    ],
+    ids=["w4-32-zeros", "w4-128", "w8a8"],
+)
+def test_tiny_models(tmp_path: Path, method: Compression, dtype: str) -> None:
+    small = quantize(make_policy(**WIDE), method, TEXTS, show=False)
+    folder = export(small, tmp_path / "out", "compressed-tensors", show=False).path
+    prompts = prompts_for(small)
+    assert small.tokenizer is TOKENIZER
+    assert_same(small, prompts, by_vllm(folder, dtype, prompts))
+
+
+@pytest.mark.real
+def test_smollm2(tmp_path: Path) -> None:
+    small = quantize(load("smollm2-135m", precision="fp32"), "rtn", TEXTS, bits=4, group=32, show=False)
+    small.save(tmp_path / "small")
+    folder = export(tmp_path / "small", tmp_path / "out", "compressed-tensors", show=False).path
+    prompts = prompts_for(small)
+    assert_same(small, prompts, by_vllm(folder, "float16", prompts))
