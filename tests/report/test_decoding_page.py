@@ -74,6 +74,7 @@ def test_one_model_alone_has_curves_only() -> None:
     [
         (TWO, "small <b> takes more to temperature than float (+12.5 [+12.5, +12.5] points); small <b> is apart from "
               "float at temperature 1"),
+        ({"float": [0.5] * 4, "small": [0.25] * 4}, "small is apart from float at 4 of 4 settings"),
         ({"float": [0.5] * 4, "small": [0.5] * 4}, "No setting tells small from float beyond the noise"),
         ({"float": [0.5, 0.25, 0.5, 0.5]}, "Along temperature, the accuracy of float varies by 12.5% [12.5, 12.5]"),
     ],

@@ -12,6 +12,7 @@ from posttrain.report import document, theme
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+NAMED = 2  # settings that a sentence names; more are counted
 DIVERGING = ((0.0, "#c9596a"), (0.5, "rgba(138, 146, 156, 0.15)"), (1.0, "#3f7fc1"))  # worse, alike, better
 RISING = ((0.0, "rgba(138, 146, 156, 0.15)"), (1.0, "#d9772b"))
 
@@ -54,7 +55,12 @@ def sentence(found: DecodingSensitivity) -> str:
                 more = "more" if excess.low > 0 else "less"
                 told.append(f"{model} takes {more} to {axis} than {found.reference} ({signed(excess)} points)")
         if apart := found.apart(model):
-            told.append(f"{model} is apart from {found.reference} at {', '.join(map(str, apart))}")
+            where = (
+                ", ".join(map(str, apart))
+                if len(apart) <= NAMED
+                else f"{len(apart)} of {len(found.grid.settings)} settings"
+            )
+            told.append(f"{model} is apart from {found.reference} at {where}")
     names = " and ".join(others)
     return "; ".join(told) or f"No setting tells {names} from {found.reference} beyond the noise"
 
