@@ -29,7 +29,8 @@ def llm_int8(threshold: float = 6.0) -> Compression:
         threshold: θ, an input's size; 0 rounds no input, inf every one.
 
     Settled here: weights of outlier channels are those of the 8-bit codes, as in the authors' library when a model
-    runs; the paper's keep 16 bits.
+    runs; the paper's keep 16 bits. Which channels are outliers depends on the tokens that run together, so that the
+    embedded engine, which decodes them in other company than a forward pass has, leaves such a model to the plain one.
 
     Reference: LLM.int8(): 8-bit matrix multiplication for transformers at scale, 2022, arXiv 2208.07339; measured in
     Understanding the impact of post-training quantization on large language models, 2023, arXiv 2309.05210 (card 136).
