@@ -145,7 +145,7 @@ def test_a_checkpoint_that_lacks_a_part_is_incomplete(tmp_path: Path, as_process
     where = checkpoint.save(tmp_path, 1, {"w": Part(torch.ones(2, 2), 0, (3, 2))}, {})
     state: dict[str, Any] = json.loads((where / "state.json").read_text())
     assert checkpoint.complete(where)
-    (where / "state.json").write_text(json.dumps({**state, "parts": {"tensors-1.safetensors": 80}}))
+    (where / "state.json").write_text(json.dumps({**state, "files": {"tensors-1.safetensors": 80}}))
     assert not checkpoint.complete(where)
     (where / "tensors-1.safetensors").write_bytes(b"x" * 79)
     assert not checkpoint.complete(where)

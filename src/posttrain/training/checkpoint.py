@@ -65,8 +65,8 @@ def save(
         # the state is written last and holds the sizes of the tensors: a folder with it and these sizes is complete
         sizes = everyone(size)
         if main:
-            parts = {f"tensors-{rank}.safetensors": n for rank, n in enumerate(sizes) if rank and n is not None}
-            state = {**state, "step": step, "random": _python_random(), "bytes": size, "parts": parts}
+            files = {f"tensors-{rank}.safetensors": n for rank, n in enumerate(sizes) if rank and n is not None}
+            state = {**state, "step": step, "random": _python_random(), "bytes": size, "files": files}
             (scratch / STATE).write_text(json.dumps(state))
             for file in (scratch / STATE, scratch):
                 sync(file)
@@ -141,7 +141,7 @@ def latest(folder: Path) -> Path | None:
 def complete(checkpoint: Path) -> bool:
     try:
         state = json.loads((checkpoint / STATE).read_text())
-        sizes = {TENSORS: state["bytes"], **state.get("parts", {})}
+        sizes = {TENSORS: state["bytes"], **state.get("files", {})}
         return all((checkpoint / file).stat().st_size == size for file, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -151,7 +151,7 @@ def load(checkpoint: Path) -> tuple[Stored, dict[str, Any]]:
     """Tensors and state of a complete checkpoint; the random generators are set as they were."""
     state = json.loads((checkpoint / STATE).read_text())
     _restore_rng(Stored([checkpoint / TENSORS], random=True), state["random"])
-    return Stored([checkpoint / file for file in (TENSORS, *state.get("parts", {}))]), state
+    return Stored([checkpoint / file for file in (TENSORS, *state.get("files", {}))]), state
 
 
 class Stored(Mapping[str, Tensor]):
