@@ -4,23 +4,27 @@
     python -m benchmarks.memory --models qwen-26m --methods grpo
 
 Each measurement is a process of its own that trains two steps on random tokens. What it holds before its model is there
-(Python, the imported libraries, a tokenizer, one warm product) is its baseline; measured is the largest resident set
-(VmHWM) minus that. Predicted is the plan's peak without the process, from the configuration alone. Linux only.
+(Python, the libraries that training imports, a tokenizer) is its baseline, taken after the same steps with a model of
+next to no size; measured is the largest resident set (VmHWM) minus that. Predicted is the plan's peak without the
+process, from the configuration alone. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 TOLERANCE = 0.2
 STEPS = 2  # the moments are there from the second on
+BUDGET = 512  # model tokens of a micro-batch, so that a step has two
 
 # what differs from a family's defaults; a name alone is a bundled model
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,6 +41,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+TINY = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -49,9 +58,9 @@ class Work:
 
 
 METHODS = {
-    "sft": Work(batch=8, prompt=64, completion=192),
-    "dpo": Work(batch=4, prompt=96, completion=96),
-    "grpo": Work(batch=4, prompt=64, completion=32, group=8),
+    "sft": Work(batch=4, prompt=64, completion=192),
+    "dpo": Work(batch=2, prompt=96, completion=96),
+    "grpo": Work(batch=2, prompt=64, completion=32, group=8),
 }
 
 
@@ -60,7 +69,7 @@ def method_of(name: str) -> Any:
     from posttrain.methods.registry import find
 
     work = METHODS[name]
-    settings: dict[str, Any] = {"batch": work.batch, "steps": STEPS, "schedule": "constant", "warmup": 0.0}
+    settings: dict[str, Any] = {"batch": work.batch, "steps": STEPS, "token_budget": BUDGET}
     if work.group > 1:
         settings |= {"group": work.group, "max_tokens": work.completion}
     return find(name).stages[0].with_settings(**settings)
@@ -82,70 +91,76 @@ def config_of(model: str) -> Any:
 def measure(model: str, name: str) -> dict[str, Any]:
     """Train and say what it took: bytes of the baseline and beyond it, seconds of the last step."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    from benchmarks.ours import InOrder, Stopwatch
     from posttrain.models.allocator import keep_freed_memory
     from posttrain.models.causal import CausalPolicy
     from posttrain.models.load import best_dtype, bundled_folder, load
     from posttrain.plan.device import resident
+
+    transformers.utils.logging.disable_progress_bar()
+    keep_freed_memory()
+    dtype, family = best_dtype(torch.device("cpu")), MODELS[model][0]
+    tokenizer = AutoTokenizer.from_pretrained(bundled_folder("smollm2-135m"))
+    torch.manual_seed(0)
+
+    def made(config: Any) -> CausalPolicy:
+        return CausalPolicy(AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), tokenizer, model)
+
+    _train(made(getattr(transformers, f"{family or 'Llama'}Config")(**TINY)), name)
+    gc.collect()
+    baseline = resident()
+    seconds, lengths = _train(made(config_of(model)) if family else load(model), name)
+    return {
+        "baseline": baseline,
+        "measured": _high_water() - baseline,
+        "seconds": seconds,
+        "completion_tokens": sum(lengths) / len(lengths),
+        "threads": torch.get_num_threads(),
+        "precision": str(dtype).removeprefix("torch."),
+    }
+
+
+def _train(policy: Any, name: str) -> tuple[float, list[int]]:
+    """Train the steps of a measurement on random tokens; seconds of the last, and the length of every completion."""
+    import torch
+
+    from benchmarks.ours import InOrder, Stopwatch
     from posttrain.reward.reward import Reward
     from posttrain.rollout.embedded import EmbeddedEngine
-    from posttrain.training.collect import Offline, Online
+    from posttrain.training.collect import Offline, Online, Source
     from posttrain.training.loop import Trainer
     from posttrain.trajectory import Group, Prompt, Trajectory
 
-    logging.disable_progress_bar()
-    keep_freed_memory()
-    dtype, work, method = best_dtype(torch.device("cpu")), METHODS[name], method_of(name)
-    tokenizer = AutoTokenizer.from_pretrained(bundled_folder("smollm2-135m"))
-    warm = torch.ones(64, 64, dtype=dtype, requires_grad=True)
-    (warm @ warm).sum().backward()
-    config = config_of(model)
-    baseline = resident()
-
-    torch.manual_seed(0)
-    if MODELS[model][0]:
-        made = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        policy = CausalPolicy(made.eval(), tokenizer, model)
-    else:
-        policy = load(model)
+    work, method = METHODS[name], method_of(name)
     vocabulary = policy.head().weight.shape[0]
 
     def tokens(count: int) -> torch.Tensor:
         return torch.randint(10, vocabulary, (count,))
 
-    def sequence(prompt: torch.Tensor) -> Trajectory:
-        whole = torch.cat([prompt, tokens(work.completion)])
-        return Trajectory(whole, torch.arange(len(whole)) >= work.prompt)
+    def group(members: int) -> Group:
+        prompt, made = tokens(work.prompt), []
+        for label in ("chosen", "rejected")[:members]:
+            whole = torch.cat([prompt, tokens(work.completion)])
+            one = Trajectory(whole, torch.arange(len(whole)) >= work.prompt)
+            one.label = label if members == 2 else "none"
+            made.append(one)
+        return Group(made)
 
-    watch = Stopwatch()
-    source: Any
+    source: Source
     if method.online:
         prompts = [Prompt(tokens(work.prompt), key=i) for i in range(STEPS * work.batch)]
         engine = EmbeddedEngine(policy, rows=method.settings.rollout_rows)
         reward = Reward({"characters": (_reward, 1.0)})
         source = Online(prompts, InOrder(prompts), method.settings, engine, reward, seed=0)
     else:
-        groups = []
-        for _ in range(STEPS * work.batch):
-            prompt = tokens(work.prompt)
-            members = [sequence(prompt) for _ in range(2 if method.data == "preferences" else 1)]
-            if len(members) == 2:
-                members[0].label, members[1].label = "chosen", "rejected"
-            groups.append(Group(members))
+        groups = [group(2 if method.data == "preferences" else 1) for _ in range(STEPS * work.batch)]
         source = Offline(groups, InOrder(groups), method.settings)
+    watch = Stopwatch()
     Trainer(policy, method, source, tracker=watch).run()
     lengths = [length for step in watch.done for _, parts in step.groups for length in parts]
-    return {
-        "baseline": baseline,
-        "measured": _high_water() - baseline,
-        "seconds": watch.done[-1].ended - watch.done[-2].ended,
-        "completion_tokens": sum(lengths) / len(lengths),
-        "threads": torch.get_num_threads(),
-        "precision": str(dtype).removeprefix("torch."),
-    }
+    return watch.done[-1].ended - watch.done[-2].ended, lengths
 
 
 def _reward(completion: str, prompt: Any) -> float:
@@ -186,11 +201,20 @@ def predict(model: str, name: str, device: Any) -> dict[str, Any]:
     }
 
 
+def _run(model: str, name: str) -> dict[str, Any]:
+    """One measurement by a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--one", model, name]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--again", action="store_true", help="predict anew beside what the JSON file has measured")
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "METHOD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -202,18 +226,16 @@ def main() -> int:
 
     from posttrain.plan.device import this_machine
 
-    device, found = this_machine(), []
-    for model in options.models:
-        for name in options.methods:
-            print(f"{model}, {name} ...", file=sys.stderr, flush=True)
-            ran = subprocess.run(
-                [sys.executable, "-m", "benchmarks.memory", "--one", model, name],
-                stdout=subprocess.PIPE, text=True, check=True,
-            )  # fmt: skip
-            figures = json.loads(ran.stdout.splitlines()[-1]) | predict(model, name, device)
-            ratio = figures["predicted"] / figures["measured"]
-            found.append({"model": model, "method": name, **figures, "ratio": ratio})
-    options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    device, found = this_machine(), list[dict[str, Any]]()
+    before = json.loads(options.json.read_text(encoding="utf-8")) if options.again else []
+    kept = {(row["model"], row["method"]): row for row in before}
+    for model, name in product(options.models, options.methods):
+        print(f"{model}, {name} ...", file=sys.stderr, flush=True)
+        figures = kept[model, name] if options.again else _run(model, name)
+        figures |= predict(model, name, device)
+        ratio = figures["predicted"] / figures["measured"]
+        found.append({"model": model, "method": name, **figures, "ratio": ratio})
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     table = Table(title="Peak memory beyond the process, MiB; seconds a step", title_justify="left")
     for heading in ("model", "method", "predicted", "measured", "ratio", "s predicted", "s measured"):

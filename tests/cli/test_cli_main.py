@@ -27,6 +27,7 @@ COMMANDS = [
     "prune",
     "export",
     "report",
+    "plan",
     "methods",
     "methods list",
     "methods show",

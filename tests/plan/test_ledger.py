@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from posttrain.plan.heap import Heap
 from posttrain.plan.ledger import Ledger
 
 
@@ -30,19 +31,21 @@ def test_it_counts_what_lives() -> None:
 
 
 def test_small_blocks_stay_with_the_process_and_large_ones_do_not() -> None:
-    ledger = Ledger("meta", kept=1000)
+    ledger = Ledger("meta", Heap(large=2048, pad=0))
     with ledger:
-        small, large = torch.empty(200, device="meta"), torch.empty(1000, device="meta")
+        small, large = torch.empty(240, device="meta"), torch.empty(1000, device="meta")
+        assert ledger.held == 976 + 4000
         del small, large
-        assert ledger.held == 800
+        assert ledger.held == 976
         again = torch.empty(100, device="meta")  # in the place of the freed one
-        assert ledger.held == 800
-        more = torch.empty(200, device="meta")
-        assert ledger.held == 1200
-        large = torch.empty(1000, device="meta")
-    assert ledger.peak.bytes == 1200 + 4000
-    del again, more, large
-    assert ledger.held == 1200
+        assert ledger.held == 976
+        ledger.hold([again], "weights")  # which does not move it
+        more = torch.empty(240, device="meta")
+        assert ledger.held == 416 + 976
+        assert ledger.live == {"weights": 400, "workspace": 960}
+    assert ledger.peak.parts["kept"] == 16  # the heap's own note before a block
+    del again, more
+    assert ledger.held == 416 + 976
 
 
 def test_other_devices_are_not_counted() -> None:

@@ -18,6 +18,7 @@ from posttrain.cli import (
     export,
     methods,
     models,
+    plan,
     prune,
     quantize,
     report,
@@ -47,6 +48,7 @@ app.command("quantize")(quantize.quantize)
 app.command("prune")(prune.prune)
 app.command("export")(export.export)
 app.command("report")(report.report)
+app.command("plan")(plan.plan)
 app.command("serve")(serve.serve)
 app.command("compare")(compare.compare)
 app.command("study")(study.study)

@@ -14,6 +14,7 @@ import platform
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 LARGEST_KEPT = 16 << 20  # bytes
+PAD = 64 << 20  # bytes by which the heap grows beyond what is asked for
 
 
 @functools.cache
@@ -26,5 +27,5 @@ def keep_freed_memory() -> bool:
     return bool(
         mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
         and mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        and mallopt(M_TOP_PAD, 64 << 20)
+        and mallopt(M_TOP_PAD, PAD)
     )

@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from posttrain.plan.heap import Heap
+
 Part = Literal[
     "weights", "masters", "moments", "gradients", "reference", "teacher", "critic",
     "activations", "vocabulary", "cache", "workspace", "kept",
@@ -37,7 +39,7 @@ PARTS: dict[Part, str] = {
     "vocabulary": "logits in chunks, the gradient of the vocabulary matrix",
     "cache": "keys and values of completions that are being drawn",
     "workspace": "gradients of activations and other passing tensors",
-    "kept": "freed, and kept by the allocator for later",
+    "kept": "gaps between blocks, which the heap keeps",
 }
 SPREAD: tuple[Part, ...] = ("weights", "masters", "moments", "gradients", "reference")  # over devices, by FSDP
 
@@ -49,6 +51,16 @@ class Peak:
     bytes: float = 0.0
     parts: dict[Part, float] = field(default_factory=dict)
     work: float = 0.0
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A storage: its bytes as counted, its part, and its place in the heap, where it is in there."""
+
+    storage: weakref.ref[Any]
+    size: float
+    part: Part
+    place: int | None
 
 
 @functools.cache
@@ -68,21 +80,22 @@ def _number(tensor: Tensor) -> bool | int | float:
 class Ledger(TorchDispatchMode):
     """Counts tensors that are made on `device` while it is active, and those that `hold` is told of.
 
-    kept: blocks of at most this many bytes stay with the process when they are freed, as the C library's heap does when
-        it is told not to shrink (`models/allocator.py`); larger ones go back to the system. 0: all of them do.
+    heap: where blocks lie, of a C library whose heap does not shrink; without one, what is freed is gone.
     share: how much of a part's bytes is counted (1 where nothing is said), since what is spread over devices is on each
         only in part.
     phases: the peak and the work of each named stretch.
     """
 
-    def __init__(self, device: str = "meta", kept: int = 0, share: Mapping[Part, float] | None = None) -> None:
+    def __init__(
+        self, device: str = "meta", heap: Heap | None = None, share: Mapping[Part, float] | None = None
+    ) -> None:
         super().__init__()
-        self.device, self.kept, self.share = device, kept, dict(share or {})
+        self.device, self.heap, self.share = device, heap, dict(share or {})
         self.live: Counter[Part] = Counter()
         self.phases: dict[str, Peak] = {}
         self.peak = Peak()
-        self._entries: dict[int, tuple[weakref.ref[Any], float, Part, bool]] = {}
-        self._small = self._small_top = self._large = 0.0
+        self._entries: dict[int, _Entry] = {}
+        self._bytes = 0.0  # of what is not in the heap
         self._part: Part = "workspace"
         self._phase = Peak()
 
@@ -115,16 +128,23 @@ class Ledger(TorchDispatchMode):
     def hold(self, tensors: Iterable[Tensor], name: Part) -> None:
         """Count tensors that are there already, or count them to another part or by another share."""
         for tensor in tensors:
-            self.drop(tensor)
-            with self.part(name):
-                self._see(tensor)
+            entry = self._entry(tensor)
+            if entry is None:
+                with self.part(name):
+                    self._see(tensor)
+                continue
+            self.live[entry.part] -= entry.size  # type: ignore[assignment]
+            self._bytes -= 0 if entry.place is not None else entry.size
+            entry.part, entry.size = name, self._size(tensor, name)
+            self.live[name] += entry.size  # type: ignore[assignment]
+            self._bytes += 0 if entry.place is not None else entry.size
+            self._note()
 
     def drop(self, tensor: Tensor) -> None:
         """Count a tensor no longer."""
-        storage = tensor.untyped_storage()
-        entry = self._entries.get(id(storage))
-        if entry is not None and entry[0]() is storage:
-            self._forget(id(storage), entry[0])
+        entry = self._entry(tensor)
+        if entry is not None:
+            self._forget(id(tensor.untyped_storage()), entry.storage)
 
     # -- what happens ------------------------------------------------------------------------------------------------
 
@@ -153,40 +173,42 @@ class Ledger(TorchDispatchMode):
         self._phase.work += operations
 
     def _see(self, tensor: Tensor) -> None:
-        if tensor.device.type != self.device:
-            return
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        known = self._entries.get(key)
-        if known is not None and known[0]() is storage:
-            return  # a view, or changed in place
-        part = self._part
-        size = storage.nbytes() * self.share.get(part, 1.0)
-        small = size <= self.kept
-        self._entries[key] = (weakref.ref(storage, lambda gone: self._forget(key, gone)), size, part, small)
+        if tensor.device.type != self.device or self._entry(tensor) is not None:
+            return  # of another device, a view, or changed in place
+        storage, part = tensor.untyped_storage(), self._part
+        key, size = id(storage), self._size(tensor, part)
+        place = None if self.heap is None else self.heap.allocate(int(size))
+        gone = weakref.ref(storage, lambda which: self._forget(key, which))
+        self._entries[key] = _Entry(gone, size, part, place)
         self.live[part] += size  # type: ignore[assignment]
-        if small:
-            self._small += size
-            self._small_top = max(self._small_top, self._small)
-        else:
-            self._large += size
+        if place is None:
+            self._bytes += size
         self._note()
+
+    def _size(self, tensor: Tensor, part: Part) -> float:
+        return tensor.untyped_storage().nbytes() * self.share.get(part, 1.0)
+
+    def _entry(self, tensor: Tensor) -> _Entry | None:
+        """What is known of a tensor's storage; the place of one that is gone may be another's by now."""
+        storage = tensor.untyped_storage()
+        entry = self._entries.get(id(storage))
+        return entry if entry is not None and entry.storage() is storage else None
 
     def _forget(self, key: int, which: weakref.ref[Any]) -> None:
         entry = self._entries.get(key)
-        if entry is None or entry[0] is not which:
-            return  # the place of a storage that is gone may be another's by now
-        _, size, part, small = self._entries.pop(key)
-        self.live[part] -= size  # type: ignore[assignment]
-        if small:
-            self._small -= size
+        if entry is None or entry.storage is not which:
+            return
+        del self._entries[key]
+        self.live[entry.part] -= entry.size  # type: ignore[assignment]
+        if self.heap is not None and entry.place is not None:
+            self.heap.free(entry.place)
         else:
-            self._large -= size
+            self._bytes -= entry.size
 
     @property
     def held(self) -> float:
-        """Bytes that the process holds now, freed ones that the allocator keeps included."""
-        return self._large + self._small_top
+        """Bytes that the process holds now, what its heap keeps between blocks included."""
+        return self._bytes + (self.heap.touched if self.heap is not None else 0)
 
     def _note(self) -> None:
         for peak in (self.peak, self._phase):

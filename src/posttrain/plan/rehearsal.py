@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from posttrain.models.adapters import add_lora
-from posttrain.models.allocator import LARGEST_KEPT, keep_freed_memory
+from posttrain.models.allocator import LARGEST_KEPT, PAD, keep_freed_memory
 from posttrain.models.attention import LayerState, packed_attention
 from posttrain.models.causal import CausalPolicy, evaluating
 from posttrain.models.packing import pack_prompts
 from posttrain.objective.batch import Batch
+from posttrain.plan.heap import Heap
 from posttrain.plan.kernels import kernels
 from posttrain.plan.ledger import SPREAD, Ledger, Part, Peak
 from posttrain.plan.outline import outline, read_config
@@ -79,15 +80,15 @@ def rehearse(
     config: Any, method: Method, lengths: Lengths, dtype: torch.dtype, *, device: str = "cpu", gpus: int = 1,
     shards: int = 1, name: str = "",
 ) -> Rehearsal:  # fmt: skip
-    """Rehearse a step in the steady state, when moments and all else are there.
+    """Rehearse two steps: in the second, moments and all else are there.
 
     device: `cpu` or `cuda`, whose kernels and allocator count. gpus: data-parallel devices that share a step's rows;
     shards: how many of them share the state (FSDP). Raises PosttrainError for a model that cannot be rehearsed, and for
     sequences that exceed its context.
     """
     settings = method.settings
-    kept = LARGEST_KEPT if device == "cpu" and keep_freed_memory() else 0
-    ledger = Ledger("meta", kept=kept, share=dict.fromkeys(SPREAD, 1 / shards))
+    heap = Heap(LARGEST_KEPT, PAD) if device == "cpu" and keep_freed_memory() else None
+    ledger = Ledger("meta", heap, share=dict.fromkeys(SPREAD, 1 / shards))
     policy = outline(config, dtype, name)
     if lengths.prompt + lengths.completion > policy.max_length:
         raise PosttrainError(
@@ -139,6 +140,7 @@ class _Stage:
         self.members = {"prompts": self.settings.group, "preferences": 2}.get(method.data, 1)
         self.groups, self.sequences = rows, rows * self.members
         self.rows = self.waves = 0
+        self.state = 0.0
         self.decode_bytes = 0.0
         if not self.settings.lora:
             policy.model.requires_grad_(True)
@@ -154,11 +156,9 @@ class _Stage:
             named += [(f"critic.{n}", p) for n, p in self.critic.named_parameters()]
         with ledger.part("masters"):
             self.optimizer = MasterAdamW(named, self.settings)
-        with ledger.part("moments"):
-            self.moments = [torch.empty_like(m) for m in self.optimizer.masters for _ in range(2)]
+        self.moments: list[torch.Tensor] = []
         for parameter, master in zip(self.optimizer.parameters, self.optimizer.masters, strict=True):
             parameter.register_post_accumulate_grad_hook(lambda _, m=master: ledger.hold([m.grad], "gradients"))
-        self.state = sum(ledger.live.values())
         self._label_body()
 
     def _make_teacher(self) -> CausalPolicy | None:
@@ -188,6 +188,14 @@ class _Stage:
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def rehearse(self, shards: int) -> dict[str, float]:
+        """Two steps, the first of which makes the moments: they lie between what it freed. Returns the work of each
+        phase.
+        """
+        for _ in range(2):
+            work = self._step(shards)
+        return work
+
+    def _step(self, shards: int) -> dict[str, float]:
         """A step's phases in order; returns the work of each."""
         work, settings = dict[str, float](), self.settings
         if self.method.online:
@@ -283,7 +291,11 @@ class _Stage:
                     self._backward(micro)
                 self.optimizer.put_gradients(gradients)
             work = phase.work - before
+        if not self.moments:
+            with self.ledger.part("moments"):
+                self.moments = [torch.empty_like(m) for m in self.optimizer.masters for _ in range(2)]
         self.optimizer.zero()
+        self.state = sum(self.ledger.live.values())
         self.policy.model.eval()
         return work / (passes * len(micro))
 
