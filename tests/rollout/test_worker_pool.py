@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from posttrain.reward.pooled import RewardWorker
-from posttrain.reward.reward import Answer, reward_from
+from posttrain.reward.pooled import PooledReward, RewardWorker
+from posttrain.reward.reward import Answer, Reward, reward_from
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.rollout.pool.actor import RolloutWorker, pack, unpack
 from posttrain.rollout.pool.cluster import Cluster, joined
-from posttrain.rollout.pool.engine import PooledEngine, pieces_of
+from posttrain.rollout.pool.engine import PooledEngine, Underway, pieces_of
 from posttrain.rollout.rollout import rollout
 from posttrain.trajectory import PosttrainError, Prompt, Sampling
 from tiny_training import make_policy, prompts, same, weights
@@ -87,6 +89,61 @@ def test_rewards_of_workers_do_not_depend_on_the_worker() -> None:
     assert fault == one.reward.outcomes([given[2]])[0][0]
     assert [other.outcomes([answer])[0][0] for answer in reversed(given)] == [length, fault, second, first]
     torch.set_rng_state(state)
+
+
+class Inline:
+    """Workers that do a job when they are told to."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.worker, self.jobs = RewardWorker(reward), list[tuple[Any, Future[Any]]]()
+
+    def submit(self, call: Any) -> Future[Any]:
+        self.jobs.append((call, Future()))
+        return self.jobs[-1][1]
+
+    def work(self) -> None:
+        while self.jobs:
+            call, future = self.jobs.pop(0)
+            remote = SimpleNamespace(outcomes=SimpleNamespace(remote=self.worker.outcomes))
+            future.set_result(call(remote))
+
+
+def test_what_is_drawn_ahead_is_judged_ahead() -> None:
+    """Once, in order, and counted when it is scored."""
+    threads = torch.get_num_threads()
+    own = reward_from({"length": {"maximum": 3}, "fails": lambda completion, prompt: 1 / 0, "on_error": -1})
+    pooled = PooledReward(own, 1)
+    inline = Inline(own)
+    torch.set_num_threads(threads)
+    pooled._workers = inline  # type: ignore[assignment]
+    groups = rollout(engine_for(make_policy()), prompts(8), 3, SAMPLING, 1)
+    futures: list[Future[Any]] = [Future() for _ in range(3)]
+    underway = Underway(prompts(8), 3, dict(zip(futures, ([0, 1, 2], [3, 4, 5], [6, 7]), strict=True)))
+    underway.then(pooled.begin)
+    for future, numbers in list(underway.pieces.items())[::-1]:
+        assert not inline.jobs
+        future.set_result([groups[i].trajectories for i in numbers])
+    assert len(inline.jobs) == 2, "24 completions in pieces of 16"
+    inline.work()
+    assert pooled.errors == {"length": 0, "fails": 0}
+    found = underway.groups()
+    pooled.score_groups(found)
+    assert not inline.jobs, "nothing is judged twice"
+    scores = [t.rewards for g in found for t in g.trajectories]
+    assert pooled.errors == {"length": 0, "fails": 24}
+    own.score_groups(groups)
+    assert scores == [t.rewards for g in groups for t in g.trajectories]
+
+
+def test_where_a_piece_fails_nothing_is_judged_ahead() -> None:
+    asked: list[Any] = []
+    for outcome in ("fails", "cancelled"):
+        futures: list[Future[Any]] = [Future() for _ in range(2)]
+        underway = Underway(prompts(2), 1, {futures[0]: [0], futures[1]: [1]})
+        underway.then(asked.append)
+        futures[0].set_exception(ValueError("no")) if outcome == "fails" else futures[0].cancel()
+        futures[1].set_result([[]])
+    assert not asked
 
 
 def test_a_pool_checks_before_it_starts() -> None:

@@ -142,15 +142,21 @@ class Reward:
 
     def score_groups(self, groups: Iterable[Group]) -> None:
         """Fill `reward` and `rewards` of every trajectory in `groups`, in place, from its `text`."""
-        answers, members = [], []
-        for group in groups:
-            if group.prompt is None:
-                raise PosttrainError("a group without a prompt cannot be scored; give Group(..., prompt=Prompt)")
-            for trajectory in group.trajectories:
-                answers.append(Answer(group.prompt, trajectory.text, trajectory.actions, trajectory.finish))
-                members.append(trajectory)
-        for trajectory, score in zip(members, self.score_all(answers), strict=True):
+        groups = list(groups)
+        members = [trajectory for group in groups for trajectory in group.trajectories]
+        for trajectory, score in zip(members, self.score_all(answers_of(groups)), strict=True):
             trajectory.reward, trajectory.rewards = score.total, score.parts
+
+
+def answers_of(groups: Iterable[Group]) -> list[Answer]:
+    """What there is to score in groups, in their order."""
+    answers = []
+    for group in groups:
+        if group.prompt is None:
+            raise PosttrainError("a group without a prompt cannot be scored; give Group(..., prompt=Prompt)")
+        for t in group.trajectories:
+            answers.append(Answer(group.prompt, t.text, t.actions, t.finish))
+    return answers
 
 
 def evaluate(function: Scorer, answer: Answer, keywords: Sequence[str]) -> float | Fault:

@@ -61,15 +61,24 @@ class Ahead:
         self.waiting: deque[Drawn] = deque()
 
     def next(
-        self, step: int, total: int, take: Callable[[], list[int]], context: Callable[[int], StepContext]
+        self,
+        step: int,
+        total: int,
+        take: Callable[[], list[int]],
+        context: Callable[[int], StepContext],
+        score: Callable[[list[Group]], None] | None = None,
     ) -> Drawn:
         """The rollouts of a step, after those of the steps until `step + staleness` were begun with present weights.
 
-        take: the rows of one more step; context: the surroundings of a step.
+        take: the rows of one more step; context: the surroundings of a step. score: begins to score what is there,
+        where that goes on beside training too.
         """
         begun = self.waiting[-1].step if self.waiting else step - 1
         for later in range(begun + 1, min(step + self.staleness, max(total - 1, step)) + 1):
             self.waiting.append(self._begin(later, take(), context(later)))
+            then = getattr(self.waiting[-1].underway, "then", None)
+            if score is not None and then is not None:
+                then(score)
         return self.waiting.popleft()
 
     def _begin(self, step: int, rows: list[int], context: StepContext) -> Drawn:

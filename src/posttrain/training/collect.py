@@ -143,7 +143,8 @@ class Online:
         def of(step: int) -> StepContext:
             return self._context(step, 0, None, {})
 
-        drawn = self.ahead.next(context.step, self.total, lambda: self.sampler.take(wanted), of)
+        begin = getattr(self.reward, "begin", None)
+        drawn = self.ahead.next(context.step, self.total, lambda: self.sampler.take(wanted), of, begin)
         groups = drawn.underway.groups(context.progress)
         context.sampled += drawn.sampled
         context.score(groups)

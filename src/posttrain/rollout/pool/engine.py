@@ -47,6 +47,17 @@ class Underway:
         """The same as groups."""
         return [Group(drawn, prompt) for drawn, prompt in zip(self.wait(progress), self.prompts, strict=True)]
 
+    def then(self, call: Callable[[list[Group]], None]) -> None:
+        """Call something with the groups once all are there, in whichever thread sees that; never if one fails."""
+        left = iter(range(len(self.pieces) - 1, -1, -1))
+
+        def one_more(future: Future[list[list[Any]]]) -> None:
+            if next(left) == 0 and all(not f.cancelled() and f.exception() is None for f in self.pieces):
+                call(self.groups())
+
+        for future in self.pieces:
+            future.add_done_callback(one_more)
+
 
 class PooledEngine:
     """Draws on the workers of the cluster that this process has joined, with the policy's present weights.
