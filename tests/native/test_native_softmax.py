@@ -43,9 +43,17 @@ def test_attention_weights_and_their_gradient(dtype: torch.dtype, keys: int) -> 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 700), st.floats(0.1, 30), st.integers(0, 10**6))
-def test_log_sum_is_that_of_torch(vocab: int, spread: float, seed: int) -> None:
+def test_log_sum_and_entropy_are_those_of_torch(vocab: int, spread: float, seed: int) -> None:
     logits = spread * torch.randn(3, vocab, generator=torch.Generator().manual_seed(seed))
-    assert torch.allclose(softmax.log_sum(logits, 0.5), torch.logsumexp(0.5 * logits, -1), rtol=1e-6, atol=1e-5)
+    if vocab > 1:
+        logits[0, 0] = float("-inf")
+    lse, entropy = softmax.log_sum(logits, 0.5, entropy=True)
+    assert entropy is not None
+    assert torch.allclose(lse, torch.logsumexp(0.5 * logits, -1), rtol=1e-6, atol=1e-5)
+    assert torch.allclose(
+        entropy, torch.distributions.Categorical(logits=0.5 * logits.double()).entropy().float(), atol=1e-4
+    )
+    assert torch.equal(lse, softmax.log_sum(logits, 0.5)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

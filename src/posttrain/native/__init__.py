@@ -1,1 +1,1 @@
-"""Row-wise functions in C for the CPU: one pass over memory where PyTorch needs several; plain paths stay beside them."""
+"""Row-wise functions in C for the CPU: one pass over memory where PyTorch needs several; plain paths stay beside."""

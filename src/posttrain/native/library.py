@@ -30,7 +30,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "gated_back": (_P, _P, _P, _P, _P, _L, _L),
     "attention_weights": (_P, _P, _P, _L, _L, _L, _L, _F),
     "attention_back": (_P, _P, _P, _P, _P, _L, _L, _L, _L, _F),
-    "log_sum": (_P, _P, _L, _L, _F),
+    "log_sum": (_P, _P, _P, _L, _L, _F),
     "logit_gradient": (_P, _P, _P, _P, _L, _L, _F),
     "draw": (_P, _P, _P, _P, _P, _L, _L, _F),
 }

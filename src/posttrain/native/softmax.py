@@ -38,12 +38,12 @@ def attention_gradients(scores: Tensor, seen: Tensor, back: Tensor, dot: Tensor,
     )  # fmt: skip
 
 
-def log_sum(logits: Tensor, scale: float) -> Tensor:
-    """`[rows, vocab]` to `[rows]` fp32: log of the sum of `exp(scale * logits)`."""
+def log_sum(logits: Tensor, scale: float, *, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+    """`[rows, vocab]` to `[rows]` fp32 each: log of the sum of `exp(scale * logits)`, and the softmax's entropy."""
     rows, vocab = logits.shape
-    found = torch.empty(rows, device=logits.device)
-    call("log_sum", logits.dtype, logits, found, rows, vocab, scale, count=threads(logits.numel()))
-    return found
+    found, spread = torch.empty(rows), torch.empty(rows) if entropy else None
+    call("log_sum", logits.dtype, logits, found, spread, rows, vocab, scale, count=threads(logits.numel()))
+    return found, spread
 
 
 def logit_gradient(logits: Tensor, target: Tensor, lse: Tensor, given: Tensor, scale: float) -> Tensor:

@@ -150,11 +150,13 @@ class _Fused(torch.autograd.Function):
         inner = _softmax_rows(weight, rows)
         factor = head.factor
         ctx.native = factor is not None and library.there_for(hidden, weight)
-        if ctx.native and factor is not None and not entropy and reference is None:
+        if ctx.native and factor is not None and reference is None:
             for start in range(0, len(hidden), inner):
                 part = slice(start, start + inner)
                 product = hidden[part] @ weight.T
-                lse[part] = softmax.log_sum(product, factor)
+                lse[part], spread = softmax.log_sum(product, factor, entropy=entropy)
+                if spread is not None:
+                    ent[part] = spread
                 logp[part] = product.gather(1, target[part, None])[:, 0].float() * factor - lse[part]
             ctx.save_for_backward(hidden, weight, bias, target, lse, ent, div)
             return logp, ent, div
