@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from concurrent.futures import Future
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from posttrain.models.adapters import add_lora
 from posttrain.reward.pooled import PooledReward, RewardWorker
 from posttrain.reward.reward import Answer, Reward, reward_from
 from posttrain.rollout.engine_choice import engine_for
@@ -64,6 +66,23 @@ def test_a_worker_draws_with_the_weights_of_the_call() -> None:
                 assert torch.equal(a.tokens, b.tokens)
         completions = worker.generate(version, packed[version], prompts(3), 2, SAMPLING, 7)
         assert [[c.text for c in row] for row in completions] == [[t.text for t in row] for row in found]
+
+
+def test_of_an_adapted_policy_the_adapter_is_sent() -> None:
+    """The policy reaches the worker as a whole, once; then what is trained."""
+    policy = add_lora(make_policy(), rank=2, seed=0)
+    threads = torch.get_num_threads()
+    worker = RolloutWorker(pickle.loads(pickle.dumps(policy)), engine_for, 64, False, 1)
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        for _, parameter in policy.trainable_parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert pack(policy).nbytes < pack(make_policy()).nbytes / 2
+    found = worker.play(1, pack(policy), prompts(3), 2, SAMPLING, 7, None)
+    expected = rollout(engine_for(policy), prompts(3), 2, SAMPLING, 7)
+    plain = rollout(engine_for(make_policy()), prompts(3), 2, SAMPLING, 7)
+    assert [[t.text for t in row] for row in found] == [[t.text for t in g.trajectories] for g in expected]
+    assert [[t.text for t in row] for row in found] != [[t.text for t in g.trajectories] for g in plain]
 
 
 def test_a_worker_that_cannot_record_experts_says_so() -> None:
