@@ -24,6 +24,8 @@ from safetensors.torch import save_file
 from posttrain import methods
 from posttrain.models.adapters import add_lora
 from posttrain.models.causal import CausalPolicy
+from posttrain.models.float_format import FloatFormat
+from posttrain.models.simulated import SimulatedPrecision
 from posttrain.objective.divergence import FullKL
 from posttrain.training.loop import Trainer
 from posttrain.training.method import Method
@@ -60,6 +62,8 @@ KINDS: dict[str, tuple[Callable[[], Method], Callable[[], CausalPolicy]]] = {
     "ppo": (methods.ppo, make_policy),
     "normalised": (lambda: methods.s_ppo(threshold=1e-3).with_settings(updates=2), make_policy),
     "sft-low": (methods.sft, _low),
+    "recomputed": (lambda: methods.sft().with_settings(checkpointing=True), make_policy),
+    "rounded": (lambda: methods.sft().replace(precision=SimulatedPrecision(FloatFormat(5, 2))), make_policy),
     "dpo-lora": (methods.dpo, _adapted),
     "following": (lambda: methods.dpo().replace(reference_decay=0.5), make_policy),
     "full-kl": (lambda: methods.sft().replace(divergences=(FullKL(0.5),)), make_policy),
@@ -82,7 +86,8 @@ def trainer_of(job: dict[str, Any]) -> Trainer:
 
 def _own(method: Method) -> dict[str, Any]:
     """The settings that a kind has of its own."""
-    found: dict[str, Any] = {name: getattr(method.settings, name) for name in ("updates", "minibatches")}
+    own = ("updates", "minibatches", "checkpointing")
+    found: dict[str, Any] = {name: getattr(method.settings, name) for name in own}
     return found | ({"learning_rate": 0.01} if method.normaliser is not None else {})
 
 

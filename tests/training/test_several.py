@@ -37,10 +37,11 @@ SCRIPT = Path(__file__).with_name("several.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 DDP, FSDP = False, True
 # with both ways to hold weights; then what needs more than a loss: other rows' answers, a critic and a second backward
-# pass, bf16, adapters, references that follow or answer for the whole vocabulary, experts that are replayed
+# pass, bf16, adapters, references that follow or answer for the whole vocabulary, experts that are
+# replayed, layers that are computed again or in fewer bits
 TRAINED = [(kind, shard) for kind in ("sft", "dpo", "grpo") for shard in (DDP, FSDP)] + [
     ("kto", DDP), ("normalised", FSDP), ("sft-low", FSDP), ("dpo-lora", FSDP), ("following", FSDP), ("full-kl", FSDP),
-    ("experts", DDP),
+    ("experts", DDP), ("recomputed", FSDP), ("rounded", FSDP),
 ]  # fmt: skip
 SAVED_BY_TWO = [("grpo", DDP), ("sft", FSDP), ("following", FSDP)]
 SAVED_BY_ONE = [("sft", DDP), ("grpo", FSDP)]
