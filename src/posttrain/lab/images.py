@@ -1,7 +1,7 @@
 """Small images with exact ground truth, made by seed: which pattern the brighter of two squares shows.
 
-Two of the four quarters of an image hold a square with a pattern each, at any place and phase, the one half as bright
-as the other; all is under noise. To tell the brighter one's pattern a model must find it, and look at several patches.
+Two of the four quarters of an image hold a square with a pattern each, at any place and phase, the one less bright than
+the other; all is under noise. To tell the brighter one's pattern a model must find it, and look at several patches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 SIDE = 24  # pixels of an image
 SIZES = (8, 9, 10)  # of a square; a quarter has 12
 PERIOD = 4  # of a pattern, pixels
-DIM, NOISE = 0.5, 0.15  # brightness of the other square; standard deviation of the noise
+DIM, NOISE = 0.7, 0.5  # brightness of the other square; standard deviation of the noise
 BORDER = 5  # one description in five is held out
 KINDS = ("rows", "columns", "falling", "rising", "checks", "dots", "solid", "frame")
 Split = Literal["train", "heldout"]

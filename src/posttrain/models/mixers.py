@@ -1,9 +1,8 @@
 """Mamba mixers taken apart: the same computation with every tensor of it within reach.
 
 `transformers` hands some weights of a mixer to functions instead of calling the layers, so that what goes on between
-them cannot be seen or changed from outside. A `Mixer` calls its layers, may be watched, and may round what it hands on;
-its scan keeps a tensor a token and not a product of tokens, channels and states, so that it also trains in bounded
-memory.
+them cannot be seen or changed from outside. A `Mixer` calls its layers, may be watched, and may round what it hands on.
+Its scan takes a few tokens together, in bounded memory, and trains many times faster than theirs on a CPU.
 
 Source of the computation: Mamba, 2023, arXiv 2312.00752.
 """
@@ -22,6 +21,7 @@ from posttrain.trajectory import PosttrainError
 
 PLACES = ("projected", "scanned", "selected", "steps", "state")
 TOLERANCE = 1e-3  # relative, of what a mixer taken apart gives on random inputs: the order of sums is another
+TOGETHER = 32  # tokens whose states are held at once
 LAYERS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
 
 
@@ -96,13 +96,17 @@ def scan(
     """
     now = x.new_zeros(x.shape[0], *a.shape) if state is None else state.to(x.dtype)
     found = []
-    tokens = zip(*(each.unbind(1) for each in (steps, steps * x, b, c)), strict=True)
-    for step, given, inward, outward in tokens:
-        now = torch.exp(step[..., None] * a) * now + given[..., None] * inward[:, None]
-        if rounded is not None:
-            now = rounded(now)
-        found.append((now @ outward[..., None])[..., 0])
-    return torch.stack(found, 1), now
+    for step, given, inward, outward in zip(*(each.split(TOGETHER, 1) for each in (steps, x, b, c)), strict=True):
+        decay = torch.exp(step[..., None] * a)  # [rows, tokens, channels, states]
+        added = (step * given)[..., None] * inward[:, :, None]
+        states = []
+        for keep, add in zip(decay.unbind(1), added.unbind(1), strict=True):
+            now = torch.addcmul(add, keep, now)
+            if rounded is not None:
+                now = rounded(now)
+            states.append(now)
+        found.append((torch.stack(states, 1) @ outward[..., None])[..., 0])
+    return torch.cat(found, 1), now
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -101,7 +101,7 @@ def dopq_vit() -> Study:
     of probabilities.
 
     Rule, fixed before the run: by the divergence from the float model, the tangent is below powers of √2 and below even
-    steps, at 4 and at 3 bits; the median is below the mean as released; and the median is within 0.05 nats of the mean
+    steps, at 4 and at 3 bits; the median is below the mean as released; and the median is within 0.02 nats of the mean
     rounded.
     """
     four, three = 4, 3
@@ -130,7 +130,7 @@ def dopq_vit() -> Study:
             Lower("tangent, 3 bits", than="log√2, 3 bits", metric="kl", why="as with 4 bits"),
             Lower("tangent, 3 bits", than="even, 3 bits", metric="kl", why="as with 4 bits"),
             Lower("median", than="mean as released", metric="kl", why="the paper's second part, by the zero point"),
-            Within("median", of="mean rounded", metric="kl", tolerance=0.05, why="a common scale cancels"),
+            Within("median", of="mean rounded", metric="kl", tolerance=0.02, why="a common scale cancels"),
         ),
     )
 
@@ -148,7 +148,7 @@ def repquant() -> Study:
     Learned ends differ from searched ones by what the layers behind make of the errors. In the second part weights have
     4 bits too, and their rounding is learned or not.
 
-    Rule, fixed before the run: by the divergence from the float model, folded is below one range, and within 0.05 nats
+    Rule, fixed before the run: by the divergence from the float model, folded is below one range, and within 0.02 nats
     of a range a channel; learned ends are below searched ones; learned rounding is below the nearest.
     """
     folded = methods.repquant(8, softmax="none", clip="percentile", reconstruction="none")
@@ -167,7 +167,7 @@ def repquant() -> Study:
         },
         expectations=(
             Lower("folded", than="one range", metric="kl", why="the paper's main point"),
-            Within("folded", of="a range a channel", metric="kl", tolerance=0.05, why="the integers are the same"),
+            Within("folded", of="a range a channel", metric="kl", tolerance=0.02, why="the integers are the same"),
             Lower("learned ends", than="folded", metric="kl", why="ends by what the layers behind lose"),
             Lower("W4A4, learned", than="W4A4, nearest", metric="kl", why="rounding by the block's outputs"),
         ),
