@@ -164,15 +164,13 @@ def test_stop_strings_and_end_tokens_stay_in_the_completion(engine: VllmEngine, 
     drawn = Sampling(max_tokens=100, temperature=1.0)
     ends = [c for row in engine.generate(prompts(), 16, drawn, 0) for c in row if c.finish == "stop"]
     assert ends
-    assert all(c.tokens[-1] in policy.end_tokens and c.tokens[-1] not in c.tokens[:-1] for c in ends)
+    assert all([t in policy.end_tokens for t in c.tokens.tolist()].index(True) == len(c.tokens) - 1 for c in ends)
 
 
 def test_progress_is_told(engine: VllmEngine, policy: CausalPolicy) -> None:
     told: list[tuple[int, int]] = []
     engine.generate(prompts(), 3, Sampling(max_tokens=16), 5, lambda *at: told.append(at))
-    assert told[-1] == (12, 12)
-    assert told == sorted(told)
-    assert len(set(told)) > 2
+    assert told == [(done, 12) for done in range(1, 13)]
 
 
 def test_what_does_not_fit_is_an_error(engine: VllmEngine, policy: CausalPolicy) -> None:

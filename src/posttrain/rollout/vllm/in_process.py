@@ -120,7 +120,7 @@ class InProcess:
                         if output.finished:
                             answers[places[output.request_id]] = self._answer(output.outputs[0])
                             finished += 1
-                    done(finished)
+                            done(finished)
             except KeyboardInterrupt:
                 engine.abort_request(list(places))
                 raise

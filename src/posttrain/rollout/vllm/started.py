@@ -25,6 +25,7 @@ from posttrain.trajectory import PosttrainError
 HOST = "127.0.0.1"
 START_SECONDS = 900.0  # for loading a model and, with a GPU, compiling it
 STOP_SECONDS = 15.0
+REAP_SECONDS = 2.0  # between a connection that breaks off and the process that has ended
 FINDER = (
     "import importlib.util as u, sys; found = [u.find_spec(n) for n in ('vllm', 'posttrain')]; "
     "sys.exit(any(s is None or s.origin is None for s in found))"
@@ -42,7 +43,7 @@ class Started(Served):
         self.python, self.options = python or sys.executable, dict(options or {})
         self.process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
-        self._end = weakref.finalize(self, lambda: None)
+        self._end: weakref.finalize[[subprocess.Popen[bytes]], Any] | None = None
 
     @property
     def exact_precision(self) -> bool:
@@ -112,8 +113,12 @@ class Started(Served):
         try:
             return super().generate(asked, sampling, done)
         except EngineLost as lost:
-            code = None if self.process is None else self.process.poll()
-            raise EngineLost(f"{self.where} ended with {_code(code)}" if code is not None else str(lost)) from lost
+            assert self.process is not None
+            try:
+                code = self.process.wait(REAP_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise lost from None
+            raise EngineLost(f"{self.where} ended with {_code(code)}") from lost
 
     def recover(self, folder: Path, shape: Shape) -> None:
         """End what is left of it, and start another."""
@@ -122,7 +127,8 @@ class Started(Served):
 
     def close(self) -> None:
         super().close()
-        self._end()  # once, whoever calls it first
+        if self._end is not None:
+            self._end()  # once, whoever calls it first
         if self._log is not None:
             self._log.close()
             self._log = None
