@@ -37,7 +37,7 @@ def test_as_json(capsys: pytest.CaptureFixture[str], config: Path) -> None:
     assert found["device"]["memory"] == 80 * 2**30
     assert (found["prompt"], found["completion"], found["gpus"]) == (128, 32, 2)
     assert found["asked"]["trained"] < found["asked"]["parameters"] / 2
-    assert found["asked"]["parts"]["cache"] > 0
+    assert found["asked"]["phases"]["decode"]["parts"]["cache"] > 0
     assert sum(found["asked"]["parts"].values()) + found["device"]["process"] == pytest.approx(found["asked"]["bytes"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +17,21 @@ from posttrain.training.method import Method
 from posttrain.trajectory import PosttrainError
 
 CONFIG = LlamaConfig(
-    vocab_size=2000, hidden_size=128, intermediate_size=256, num_hidden_layers=6, num_attention_heads=4,
+    vocab_size=2000, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
 )  # fmt: skip
 TOY = Device("toy", "cuda", 80 * GIB, 1e14, 1e12, 1 << 20)
+LENGTHS = Lengths(32, 96)
 GRPO = methods.grpo().with_settings(batch=8, group=8, max_tokens=96, token_budget=2048)
+
+
+REHEARSED: dict[tuple[str, int], dict[tuple[Any, ...], Any]] = {}  # what does not depend on the device's memory
 
 
 def planner(memory: float = TOY.memory, method: Method = GRPO, gpus: int = 1) -> Planner:
     device = replace(TOY, memory=memory)
-    return Planner(CONFIG, method, Lengths(32, 96), device, torch.bfloat16, gpus=gpus, name="toy-model")
+    made = REHEARSED.setdefault((repr(method), gpus), {})
+    return Planner(CONFIG, method, LENGTHS, device, torch.bfloat16, gpus=gpus, name="toy-model", _made=made)
 
 
 def test_what_fits_as_asked_stays_as_asked() -> None:

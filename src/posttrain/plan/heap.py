@@ -3,8 +3,8 @@
 A freed block leaves a gap that a later block fills if it fits; the rest of the heap stays with the process. So the heap
 is as large as the blocks were at most, and gaps besides. The rules are those of glibc: the smallest gap that a block
 fits into, else the untouched end of the heap; a block that fits nowhere extends it, or comes from the system by itself
-where it is large, and goes back there when it is freed. Neighbouring gaps become one. The many small blocks between, of what
-describes a tensor, are left out; they part gaps, so that a real heap has more of them.
+where it is large, and goes back there when it is freed. Neighbouring gaps become one. The many small blocks between,
+of what describes a tensor, are left out; they part gaps, so that a real heap has more of them.
 """
 
 from __future__ import annotations

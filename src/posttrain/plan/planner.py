@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from posttrain.plan.device import Device, show_bytes
-from posttrain.plan.ledger import PARTS, SPREAD
+from posttrain.plan.ledger import PARTS, SPREAD, Part, Peak
 from posttrain.plan.rehearsal import Lengths, Rehearsal, rehearse
 from posttrain.training.method import Method
 
@@ -74,8 +74,11 @@ class Plan:
         parts = setting.rehearsal.peak.parts
         rows += [(name, show_bytes(parts[name]), what) for name, what in PARTS.items() if parts.get(name)]
         rows.append(("peak", show_bytes(setting.needs), f"of {show_bytes(self.device.memory)}, {setting.words()}"))
-        phases = {name: peak.bytes for name, peak in setting.rehearsal.phases.items() if peak.bytes}
-        rows += [(f"  in {name}", show_bytes(self.device.process + size), "") for name, size in phases.items()]
+        rows += [
+            (f"  in {name}", show_bytes(self.device.process + peak.bytes), _passing(peak))
+            for name, peak in setting.rehearsal.phases.items()
+            if peak.bytes
+        ]
         rows += [
             (f"seconds: {name}", f"{seconds:.3g}", _time_words(name, setting.rehearsal))
             for name, seconds in setting.seconds.items()
@@ -225,6 +228,12 @@ class Planner:
         return seconds
 
 
+def _passing(peak: Peak) -> str:
+    """What a phase holds beside the state: `cache 96 MiB, vocabulary 12 MiB`."""
+    passing: tuple[Part, ...] = ("cache", "activations", "vocabulary", "workspace")
+    return ", ".join(f"{name} {show_bytes(peak.parts[name])}" for name in passing if peak.parts.get(name))
+
+
 def _seconds(setting: Setting) -> str:
     total = sum(setting.seconds.values())
     return f"{total:.1f} s" if total >= 1 else f"{1000 * total:.0f} ms"
@@ -253,7 +262,7 @@ def _setting_json(setting: Setting) -> dict[str, Any]:
         "shards": setting.shards,
         "bytes": setting.needs,
         "parts": made.peak.parts,
-        "phases": {name: peak.bytes for name, peak in made.phases.items()},
+        "phases": {name: {"bytes": peak.bytes, "parts": peak.parts} for name, peak in made.phases.items()},
         "seconds": setting.seconds,
         "work": made.work,
         "parameters": made.parameters,
