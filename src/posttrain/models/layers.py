@@ -46,7 +46,7 @@ def replaced(found: list[tuple[nn.Module, Forward]]) -> Iterator[None]:
     """Those forwards inside the block, the modules' own outside."""
     mine = [(module, other) for module, other in found if "forward" not in module.__dict__]
     for module, other in mine:
-        module.forward = other  # type: ignore[method-assign]
+        module.forward = other
     try:
         yield
     finally:
@@ -100,8 +100,8 @@ def _agree(module: nn.Module, other: Forward) -> bool:
 
 
 def _width(module: nn.Module) -> int | None:
-    gate = getattr(module, "gate_proj", None)
+    gate, weight = getattr(module, "gate_proj", None), getattr(module, "weight", None)
     if gate is None:
-        return int(module.weight.shape[0])  # type: ignore[union-attr, operator]
+        return len(weight) if isinstance(weight, Tensor) else None
     found = getattr(gate, "in_features", None)
     return int(found) if found is not None else None
