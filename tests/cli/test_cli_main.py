@@ -27,6 +27,7 @@ COMMANDS = [
     "prune",
     "export",
     "report",
+    "serve",
     "plan",
     "methods",
     "methods list",

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ from posttrain.rollout.vllm.http import Server
 from posttrain.rollout.vllm.in_process import InProcess
 from posttrain.rollout.vllm.served import Served
 from posttrain.rollout.vllm.started import Started, check_port, check_python, free_port, stop_group
-from posttrain.rollout.vllm.weights import Exchange, fingerprint
+from posttrain.rollout.vllm.weights import PREFIX, Exchange, fingerprint, sweep
 from posttrain.training.optim import MasterAdamW
 from posttrain.training.settings import Settings
 from posttrain.trajectory import PosttrainError
@@ -213,6 +214,17 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
         dict(transfer.read_files(weights.folder, weights.files))
     with pytest.raises(ValueError, match="was damaged on its way"):
         dict(transfer.read_bytes(base64.b64encode(raw).decode(), weights.files[name]))
+
+
+def test_weights_of_a_process_that_was_killed_are_swept_up(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    names = [f"{PREFIX}{gone.pid}-abc", f"{PREFIX}{os.getpid()}-abc", f"{PREFIX}what-abc", "other"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_bytes(b"1")
+    sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(names[1:])
 
 
 def test_no_room_for_weights_is_an_error(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from posttrain.models.causal import CausalPolicy
 from posttrain.trajectory import PosttrainError
 
 PIECE = 64 << 20  # bytes of weights in one message; a larger tensor has one of its own
+PREFIX = "posttrain-vllm-"  # of the folder's name; the process that made it follows
 BLOCK, PRIME = 1 << 18, 1_000_003  # of the checksum
 MEMORY = Path("/dev/shm")  # a folder in memory, where the system has one
 
@@ -139,14 +140,27 @@ class Exchange:
             if place is None:  # twice the model at a time, and a margin
                 needed = 2.5 * sum(p.nbytes for p in policy.model.parameters())
                 roomy = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > needed
-                place = MEMORY if roomy else None
+                place = MEMORY if roomy else Path(tempfile.gettempdir())
+                sweep(place)
             try:
-                self.folder = Path(tempfile.mkdtemp(prefix="posttrain-vllm-", dir=place))
+                self.folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=place))
             except OSError as error:
                 raise PosttrainError(
                     f"cannot make a folder for weights in {place}: {error.strerror}; name another (exchange)"
                 ) from error
         return self.folder
+
+
+def sweep(place: Path) -> None:
+    """Remove what processes that were killed have left: weights in memory are memory."""
+    for old in place.glob(f"{PREFIX}*-*"):
+        owner = old.name.removeprefix(PREFIX).partition("-")[0]
+        try:
+            os.kill(int(owner), 0)
+        except ProcessLookupError:
+            shutil.rmtree(old, ignore_errors=True)
+        except (ValueError, OverflowError, PermissionError):  # of another user, or no folder of ours
+            continue
 
 
 @contextmanager
