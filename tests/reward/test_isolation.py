@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import faulty_rewards
 import pytest
 import torch
 
@@ -168,17 +169,18 @@ def test_it_ends_with_its_owner(capfd: pytest.CaptureFixture[str]) -> None:
     assert "hello" not in printed.out, "what a component prints is no output of the program"
 
 
-def test_components_with_arguments_and_classes() -> None:
+def test_components_with_arguments_classes_and_callables() -> None:
     spec = {
         f"{FILE}:Scaled": {"factor": 3, "weight": 2.0},
         "long": {"verifier": "length", "maximum": 4, "weight": 1.0},
         "exact_match": 1.0,
+        "brief": faulty_rewards.slow,
         "isolate": {"workers": 1},
     }
     own = reward_from(spec)
     here = reward_from({k: v for k, v in spec.items() if k != "isolate"})
     assert own.score_all(answers("4", "four!!")) == here.score_all(answers("4", "four!!"))
-    assert own.weights == {"Scaled": 2.0, "long": 1.0, "exact_match": 1.0}
+    assert own.weights == {"Scaled": 2.0, "long": 1.0, "exact_match": 1.0, "brief": 1.0}
     copied = copy.deepcopy(own)
     assert copied.components["Scaled"][0].sandbox is sandbox_of(own)
     assert own.components["exact_match"][0]("4", answers("4")[0].prompt) == 1.0, "alone it is a callable as any other"

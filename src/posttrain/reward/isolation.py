@@ -46,13 +46,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What the warden is told first. scorers: for each component its name, what to call, its arguments, and which of
-    `tokens` and `finish` it takes.
+    """What the warden is told first. scorers: for each component its name, what to call (a verifier's name, an import
+    path, or a pickled callable, which only workers load), its arguments, and which of `tokens` and `finish` it takes.
     """
 
     limits: Limits
     path: list[str]
-    scorers: list[tuple[str, str | Scorer, dict[str, Any], tuple[str, ...]]]
+    scorers: list[tuple[str, str | bytes, dict[str, Any], tuple[str, ...]]]
 
 
 def limits_from(spec: Any) -> Limits | None:
@@ -131,9 +131,7 @@ class Sandbox:
 
     def admit(self, name: str, source: str | Scorer, arguments: dict[str, Any], keywords: tuple[str, ...]) -> Isolated:
         """Take a component in: a name or an import path with its arguments, or a callable."""
-        if callable(source):
-            _check_importable(name, source)
-        self.setup.scorers.append((name, source, arguments, keywords))
+        self.setup.scorers.append((name, _pickled(name, source) if callable(source) else source, arguments, keywords))
         inner = repr(source) if callable(source) else source
         return Isolated(self, len(self.setup.scorers) - 1, name, inner)
 
@@ -225,12 +223,12 @@ def _restored(setup: Setup) -> Sandbox:
     return sandbox
 
 
-def _check_importable(name: str, function: Scorer) -> None:
-    """Refuse a callable that another process could not find."""
+def _pickled(name: str, function: Scorer) -> bytes:
+    """A callable, unless another process could not find it."""
     try:
         if getattr(function, "__module__", None) == "__main__":
             raise AttributeError("it is defined in the program that was started")
-        pickle.dumps(function)
+        return pickle.dumps(function)
     except Exception as error:
         raise PosttrainError(
             f"reward {name}: {error}; an isolated reward is loaded by another process: put it into a module of its own "

@@ -231,11 +231,14 @@ def _make_calls(pipe: Connection, setup: Setup) -> None:
     torch.set_num_threads(1)
     try:
         scorers = [
-            (source if callable(source) else scorer_from(source, arguments), name, keywords)
+            (pickle.loads(source) if isinstance(source, bytes) else scorer_from(source, arguments), name, keywords)
             for name, source, arguments, keywords in setup.scorers
         ]
-    except (PosttrainError, MemoryError) as error:
-        say("refused", str(error) or "reward: it cannot be loaded within isolate: memory")
+    except PosttrainError as error:
+        say("refused", str(error))
+        return
+    except Exception as error:
+        say("refused", f"reward: it cannot be loaded by another process: {type(error).__name__}: {error}")
         return
     say("ready")
     while True:
