@@ -1,8 +1,8 @@
 """Exported folders in vLLM on a CPU: it loads them, and takes the tokens that the model takes here.
 
 Of integer weights alone its CPU kernel takes 4 bits, in half precision and bfloat16 (not fp32), with rows and columns
-that 32 divides; with activations of 8 bits by token it takes 8, in bfloat16. That is less precise than the fp32 of here,
-so that two tokens whose logits are nearly equal may change places.
+that 32 divides; with activations of 8 bits by token it takes 8, in bfloat16. That is less precise than fp32, in which
+they are compared, so that two tokens whose logits are nearly equal may change places.
 """
 
 from __future__ import annotations
