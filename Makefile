@@ -25,7 +25,7 @@ test-vllm: $(VLLM)/.ready  ## the engine on real vLLM, in an environment of its 
 	VLLM_CPU_KVCACHE_SPACE=2 HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest -m vllm tests/vllm_engine
 
 test-ray: $(VENV)/.ray  ## the pool of workers on a Ray cluster of this machine, some of which are killed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/cluster
 
 lint: $(VENV)/.lint  ## ruff, mypy, and the table of rooms
 	$(BIN)/ruff check --no-cache src tests benchmarks

@@ -1,4 +1,4 @@
-"""What a pool of rollout workers is made of, without a cluster; on one it is tried in tests/ray."""
+"""What a pool of rollout workers is made of, without a cluster; on one it is tried in tests/cluster."""
 
 from __future__ import annotations
 
