@@ -72,22 +72,22 @@ def initial(spec: VisionSpec) -> Any:
     """The untrained model of a specification."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(
-        hidden_size=spec.hidden,
-        intermediate_size=2 * spec.hidden,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        image_size=world.SIDE,
-        patch_size=spec.patch,
-        num_channels=1,
-        num_labels=len(world.KINDS),
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.05,
-    )
+    shape: dict[str, Any] = {
+        "hidden_size": spec.hidden,
+        "intermediate_size": 2 * spec.hidden,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "image_size": world.SIDE,
+        "patch_size": spec.patch,
+        "num_channels": 1,
+        "num_labels": len(world.KINDS),
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.05,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        return ViTForImageClassification(config)
+        return ViTForImageClassification(ViTConfig(**shape))
 
 
 def trained(spec: VisionSpec) -> Any:

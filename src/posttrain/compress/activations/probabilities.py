@@ -137,7 +137,8 @@ class TangentStep(InputStep):
 
     @property
     def levels(self) -> TangentLevels:
-        return TangentLevels(*self.shape.tolist(), self.bits)
+        most, centre, slope = self.shape.tolist()
+        return TangentLevels(most, centre, slope, self.bits)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.levels.rounded(inputs).to(inputs.dtype)
