@@ -141,7 +141,7 @@ def test_gradient_checkpointing_computes_the_same_attention_again(name, reentran
         return [p.grad.clone() for _, p in policy.trainable_parameters() if p.grad is not None]
 
     expected = gradients()
-    policy.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    policy.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     policy.model.train()
     calls = []
     for layer in policy.model.model.layers:

@@ -378,7 +378,7 @@ def test_the_adapter_takes_part(engine, tiny_tokenizer):
 def test_gradient_checkpointing_does_not_disturb_sampling(engine, tiny_tokenizer):
     policy = make_policy("llama", tiny_tokenizer)
     expected = engine(policy).generate(make_prompts(), 2, SAMPLING, seed=0)
-    policy.model.activation_checkpointing_enable()
+    policy.model.gradient_checkpointing_enable()
     policy.model.train()
     assert_equal(engine(policy).generate(make_prompts(), 2, SAMPLING, seed=0), expected)
 
