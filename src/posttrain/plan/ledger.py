@@ -83,7 +83,7 @@ class Ledger(TorchDispatchMode):
     heap: where blocks lie, of a C library whose heap does not shrink; without one, what is freed is gone.
     share: how much of a part's bytes is counted (1 where nothing is said), since what is spread over devices is on each
         only in part.
-    phases: the peak and the work of each named stretch.
+    peak: the most that the process held. phases: the most that lived in each named stretch, and its work.
     """
 
     def __init__(
@@ -211,9 +211,15 @@ class Ledger(TorchDispatchMode):
         return self._bytes + (self.heap.touched if self.heap is not None else 0)
 
     def _note(self) -> None:
-        for peak in (self.peak, self._phase):
-            if self.held > peak.bytes:
-                peak.bytes = self.held
-                peak.parts = {name: size for name, size in self.live.items() if size > 0}
-                if (idle := self.held - sum(peak.parts.values())) > 1:
-                    peak.parts["kept"] = idle
+        """Remember the most that was held in all, and in the phase the most that lived: what the heap keeps from before
+        is no matter of the phase.
+        """
+        if self.held > self.peak.bytes:
+            self.peak.bytes, self.peak.parts = self.held, self._alive()
+            if (idle := self.held - sum(self.peak.parts.values())) > 1:
+                self.peak.parts["kept"] = idle
+        if (living := self._bytes + (self.heap.used if self.heap is not None else 0)) > self._phase.bytes:
+            self._phase.bytes, self._phase.parts = living, self._alive()
+
+    def _alive(self) -> dict[Part, float]:
+        return {name: size for name, size in self.live.items() if size > 0}
