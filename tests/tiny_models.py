@@ -48,7 +48,15 @@ PACKING: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {}),  # normed queries and keys
     "mistral": ("Mistral", {"sliding_window": 4}),  # the same window in every layer
-    "gemma2": ("Gemma2", {"sliding_window": 4, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+            "attn_implementation": "eager",  # in older transformers the other one forgets the cap
+        },
+    ),
     "gemma3": (
         "Gemma3",
         {

@@ -280,10 +280,25 @@ class CausalPolicy:
         if folder.is_file():
             raise PosttrainError(f"cannot save a model to {folder}: it is a file; expected a folder, new or existing")
         folder.mkdir(parents=True, exist_ok=True)
-        model: Any = self.merged()
-        model.save_pretrained(folder, safe_serialization=True)
+        self.save_weights(folder)
         self.tokenizer.save_pretrained(folder)
         return folder
+
+    def save_weights(self, folder: Path) -> None:
+        """Weights (adapters merged) and configurations alone."""
+        model: Any = self.merged()
+        try:
+            model.save_pretrained(folder, safe_serialization=True)
+        except ValueError:
+            # a temperature without sampling, as some published models have it, which older transformers do not write
+            generation = getattr(model, "generation_config", None)
+            if generation is None or generation.do_sample:
+                raise
+            before, generation.do_sample = generation.do_sample, True
+            try:
+                model.save_pretrained(folder, safe_serialization=True)
+            finally:
+                generation.do_sample = before
 
 
 @contextmanager

@@ -54,7 +54,7 @@ class Mixer(nn.Module):
         """`[rows, tokens, hidden]` to the same. cache_params: a cache of `transformers`. attention_mask: `[rows,
         tokens]`, 0 where there is no token.
         """
-        before = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx)
+        before = None if cache_params is None else _state(cache_params.layers[self.layer_idx])
         states = self.A_log.shape[1]
         x, z = self._at("projected", self.in_proj(_masked(hidden_states, attention_mask))).chunk(2, -1)
         x = self._at("scanned", _masked(self.act(self._convolved(x, cache_params)), attention_mask))
@@ -107,6 +107,11 @@ def scan(
             states.append(now)
         found.append((torch.stack(states, 1) @ outward[..., None])[..., 0])
     return torch.cat(found, 1), now
+
+
+def _state(held: Any) -> Tensor | None:
+    """What a cache holds of a layer's state; older transformers have the same without a word for it."""
+    return held.recurrent_states[0] if held.has_previous_state[0] else None
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

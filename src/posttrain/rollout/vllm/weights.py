@@ -107,7 +107,7 @@ class Exchange:
         folder = root / f"weights-{self._count}"
         try:
             with _quiet():
-                policy.merged().save_pretrained(folder, safe_serialization=True)
+                policy.save_weights(folder)
         except OSError as error:
             raise PosttrainError(
                 f"cannot write the weights for vLLM to {root}: {error.strerror or error}; free some space, or name "
