@@ -131,7 +131,7 @@ def _train(policy: Any, name: str) -> tuple[float, list[int]]:
     from posttrain.rollout.embedded import EmbeddedEngine
     from posttrain.training.collect import Offline, Online, Source
     from posttrain.training.loop import Trainer
-    from posttrain.trajectory import Group, Prompt, Trajectory
+    from posttrain.trajectory import Group, Label, Prompt, Trajectory
 
     work, method = METHODS[name], method_of(name)
     vocabulary = policy.head().weight.shape[0]
@@ -141,10 +141,11 @@ def _train(policy: Any, name: str) -> tuple[float, list[int]]:
 
     def group(members: int) -> Group:
         prompt, made = tokens(work.prompt), []
-        for label in ("chosen", "rejected")[:members]:
+        labels: list[Label] = ["chosen", "rejected"] if members == 2 else ["none"]
+        for label in labels:
             whole = torch.cat([prompt, tokens(work.completion)])
             one = Trajectory(whole, torch.arange(len(whole)) >= work.prompt)
-            one.label = label if members == 2 else "none"
+            one.label = label
             made.append(one)
         return Group(made)
 

@@ -19,7 +19,7 @@ HEADINGS = ("staleness", "spread", "saturates at", "completions/s", "of the trai
 
 def rows(curves: Sequence[Curve], gpus_each: int = 1, trainer_gpus: int = 0) -> list[tuple[str, ...]]:
     """The table, a row a curve, at the number of workers where it saturates."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for curve in curves:
         at = next(p for p in curve.points if p.workers == curve.saturates)
         gpus = f" ({curve.saturates * gpus_each + trainer_gpus:,} GPUs)" if trainer_gpus else ""

@@ -72,7 +72,7 @@ class Plan:
             what = "Python and libraries" if self.device.kind == "cpu" else "the driver's context and libraries"
             rows.append(("process", show_bytes(self.device.process), what))
         parts = setting.rehearsal.peak.parts
-        rows += [(name, show_bytes(parts[name]), what) for name, what in PARTS.items() if parts.get(name)]
+        rows += [(name, show_bytes(parts[name]), what) for name, what in PARTS.items() if parts.get(name, 0) >= 1024]
         rows.append(("peak", show_bytes(setting.needs), f"of {show_bytes(self.device.memory)}, {setting.words()}"))
         rows += [
             (f"  in {name}", show_bytes(self.device.process + peak.bytes), _passing(peak))
