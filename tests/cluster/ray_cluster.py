@@ -19,7 +19,7 @@ from posttrain.rollout.pool.cluster import Cluster, joined
 from posttrain.trajectory import Completion, Prompt
 from tiny_training import letters
 
-ROOM = Cluster(workers=4)
+ROOM = Cluster(workers=6)
 PATIENCE = 300  # seconds, on a machine that has other things to do
 
 

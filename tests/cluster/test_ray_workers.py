@@ -86,7 +86,7 @@ def test_close_ends_all_and_cancels_what_waits() -> None:
 
 def test_a_cluster_that_is_too_small_is_one_line() -> None:
     with (
-        pytest.raises(PosttrainError, match=r"has 4 CPUs and the run takes 99 \(99 workers of 1 CPUs"),
+        pytest.raises(PosttrainError, match=r"has 6 CPUs and the run takes 99 \(99 workers of 1 CPUs"),
         joined(Cluster(workers=99)),
     ):
         pass

@@ -20,6 +20,7 @@ from posttrain.rollout.pool.cluster import ray_package
 from posttrain.trajectory import PosttrainError
 
 TRIES = 3  # how often a job, or the making of a worker, may end with the death of the worker
+WAITING = 120.0  # seconds after which it is told that a worker has not started
 
 Call = Callable[[Any], Any]  # from a worker (an actor's handle) to the reference of its answer
 
@@ -114,7 +115,10 @@ class Workers:
     def _made(self, place: int) -> Any:
         ray = ray_package()
         actor = self._actors[place] = self.make()
-        ray.get(actor.ready.remote())
+        ready = actor.ready.remote()
+        if not ray.wait([ready], timeout=WAITING)[0]:
+            self.say(f"a {self.what} has not started in {WAITING:.0f} s; the cluster may have no free cores for it")
+        ray.get(ready)
         return actor
 
     def _work(self, actor: Any) -> bool:
