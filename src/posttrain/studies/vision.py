@@ -172,8 +172,8 @@ def repquant() -> Study:
             Lower("W4A4, learned", than="W4A4, nearest", metric="kl", why="rounding by the block's outputs"),
         ),
         notes="The outliers are planted. Reconstruction passes 40 times over the 32 images: 320 steps a block. A pilot "
-        "with another calibration draw, after which nothing was changed: learned ends lost 15 % less of the layers' outputs "
-        "than searched ones, of unseen images too, and yet more of the model's (0.024 nats and 0.015).",
+        "with another calibration draw, after which nothing was changed: learned ends lost 15 % less of the layers' "
+        "outputs than searched ones, of unseen images too, and yet more of the model's (0.024 nats and 0.015).",
     )
 
 
