@@ -66,10 +66,11 @@ def plan(
     page: Annotated[Path | None, typer.Option(help="Where the plots go, an HTML file.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
 ) -> None:
-    """Predict memory and time of a training step, and name the setting that fits.
+    """Predict the memory and time of a training step.
 
-    Needs no weights: the step is rehearsed on the model's configuration. With --simulate: throughput against the number
-    of rollout workers, the staleness bound and the spread of completion lengths, from measured times.
+    Names the setting that fits. Needs no weights: the step is rehearsed on the model's configuration. With --simulate:
+    throughput against the number of rollout workers, the staleness bound and the spread of completion lengths, from
+    measured times.
     """
     if simulate:
         told = {

@@ -25,7 +25,5 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(
-        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
-        and mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        and mallopt(M_TOP_PAD, PAD)
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) and mallopt(M_TOP_PAD, PAD)
     )

@@ -325,9 +325,7 @@ def test_attention_to_few_tokens(tmp_path: Path) -> None:
     mixed = replace(methods.rtn(bits=4, group=8), attention=methods.double_sparsity(tokens=8, factor=2).attention)
     with pytest.raises(PosttrainError, match="is not quantized"):
         export(sparse, tmp_path / "out", "compressed-tensors", show=False)
-    with pytest.raises(
-        PosttrainError, match=r"is a module of posttrain's own, ChosenTokens \(rtn\), which"
-    ):
+    with pytest.raises(PosttrainError, match=r"is a module of posttrain's own, ChosenTokens \(rtn\), which"):
         export(small_of(tiny(num_hidden_layers=3), mixed), tmp_path / "out", "compressed-tensors", show=False)
 
 
