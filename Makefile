@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# the packages of extras; installing the extras by name would build the package, with what is in C, once more each time
+EXTRAS = $(BIN)/python -c "import sys, tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*(p for e in sys.argv[1:] for p in extras[e]), sep='\0', end='')"
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
 WORKERS ?= 2
@@ -60,19 +62,19 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) --editable '.[test]'
+	$(EXTRAS) test | xargs -0 $(PIP)
 	@touch $@
 
 $(VENV)/.browser: $(VENV)/.test
-	$(PIP) --editable '.[test,browser]'
+	$(EXTRAS) browser | xargs -0 $(PIP)
 	@touch $@
 
 $(VENV)/.ray: $(VENV)/.test
-	$(PIP) --editable '.[test,ray]'
+	$(EXTRAS) ray | xargs -0 $(PIP)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(PIP) --editable '.[test,browser,lint]'
+	$(EXTRAS) browser lint | xargs -0 $(PIP)
 	@touch $@
 
 # what comes with vLLM for sound and pictures has no build for CPUs: importing it would break transformers
