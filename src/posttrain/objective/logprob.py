@@ -150,7 +150,7 @@ class _Fused(torch.autograd.Function):
         inner = _softmax_rows(weight, rows)
         factor = head.factor
         ctx.native = factor is not None and library.there_for(hidden, weight)
-        if ctx.native and factor is not None and reference is None:
+        if ctx.native and factor is not None:
             for start in range(0, len(hidden), inner):
                 part = slice(start, start + inner)
                 product = hidden[part] @ weight.T
@@ -158,6 +158,10 @@ class _Fused(torch.autograd.Function):
                 if spread is not None:
                     ent[part] = spread
                 logp[part] = product.gather(1, target[part, None])[:, 0].float() * factor - lse[part]
+                if reference is not None:
+                    div[part] = _divergence(
+                        product.float().mul_(factor).sub_(lse[part, None]), reference, part, divergence
+                    )
             ctx.save_for_backward(hidden, weight, bias, target, lse, ent, div)
             return logp, ent, div
         for start in range(0, len(hidden), inner):
@@ -166,10 +170,7 @@ class _Fused(torch.autograd.Function):
             lse[part] = torch.logsumexp(logits, -1)
             logp[part] = logits.gather(1, target[part, None])[:, 0] - lse[part]
             if reference is not None:
-                log_q = reference[1].logits(reference[0][part]).log_softmax(-1)
-                log_p = logits - lse[part, None]
-                first, second = (log_p, log_q) if divergence == "reverse" else (log_q, log_p)
-                div[part] = (first.exp() * (first - second)).sum(-1)
+                div[part] = _divergence(logits - lse[part, None], reference, part, divergence)
             if entropy:
                 # H = lse - sum p z, with p formed in place of a second copy of the logits
                 p = (logits - lse[part, None]).exp_()
@@ -213,6 +214,13 @@ class _Fused(torch.autograd.Function):
             d_bias.to(bias.dtype) if d_bias is not None and bias is not None else None,
             *(None,) * 6,
         )
+
+
+def _divergence(log_p: Tensor, reference: tuple[Tensor, Head], part: slice, divergence: Divergence) -> Tensor:
+    """KL of the policy's log-probabilities of some rows, `[rows, vocab]`, and the reference's: `[rows]`."""
+    log_q = reference[1].logits(reference[0][part]).log_softmax(-1)
+    first, second = (log_p, log_q) if divergence == "reverse" else (log_q, log_p)
+    return (first.exp() * (first - second)).sum(-1)
 
 
 def _softmax_rows(weight: Tensor, rows: int) -> int:
