@@ -78,7 +78,7 @@ def prompt_tokens(load: Load, vocabulary: int, seed: int = 0) -> list[list[int]]
     return [[draw.randrange(vocabulary // 8, vocabulary) for _ in range(load.length)] for _ in range(load.prompts)]
 
 
-def ours(load: Load, folder: str, _: str) -> tuple[float, list[list[int]]]:
+def ours(load: Load, folder: str) -> tuple[float, list[list[int]]]:
     import torch
 
     from posttrain.models.load import load as load_model
@@ -96,7 +96,7 @@ def ours(load: Load, folder: str, _: str) -> tuple[float, list[list[int]]]:
     return seconds, [[len(c.tokens) for c in completions] for completions in found]
 
 
-def transformers(load: Load, folder: str, _: str) -> tuple[float, list[list[int]]]:
+def transformers(load: Load, folder: str) -> tuple[float, list[list[int]]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -123,7 +123,7 @@ def transformers(load: Load, folder: str, _: str) -> tuple[float, list[list[int]
     return seconds, first.view(load.prompts, load.samples).tolist()
 
 
-def vllm(load: Load, folder: str, _: str) -> tuple[float, list[list[int]]]:
+def vllm(load: Load, folder: str) -> tuple[float, list[list[int]]]:
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found, unused-ignore]
 
     engine = LLM(folder, dtype="bfloat16", max_model_len=load.length + load.tokens, seed=0, disable_log_stats=True)
@@ -168,7 +168,7 @@ def worker(side: Side, load: Load, folder: str) -> None:
     if side == "machine":
         print(json.dumps(machine(folder)), flush=True)
         return
-    seconds, lengths = {"ours": ours, "transformers": transformers, "vllm": vllm}[side](load, folder, side)
+    seconds, lengths = {"ours": ours, "transformers": transformers, "vllm": vllm}[side](load, folder)
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
     print(json.dumps(asdict(Generated(seconds, lengths, peak))), flush=True)
 

@@ -12,7 +12,7 @@ from benchmarks.workload import CASES
 
 from conftest import make_model, make_tokenizer
 
-Sampler = Callable[[generation.Load, str, str], tuple[float, list[list[int]]]]
+Sampler = Callable[[generation.Load, str], tuple[float, list[list[int]]]]
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -37,7 +37,7 @@ def test_both_sides_of_the_generation_benchmark_sample_what_is_asked(side: Sampl
     make_tokenizer().save_pretrained(tmp_path)
     load = generation.Load("tiny", prompts=3, samples=2, length=5, tokens=4)
 
-    seconds, lengths = side(load, str(tmp_path), "")
+    seconds, lengths = side(load, str(tmp_path))
 
     assert seconds > 0
     assert [len(row) for row in lengths] == [2, 2, 2]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from posttrain.native import layers, library
+from posttrain.trajectory import PosttrainError
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="posttrain was built without its C functions")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -75,3 +76,19 @@ def test_one_thread_and_two_agree() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
+
+
+def test_the_environment_names_a_level_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, found in (("off", None), ("portable", "portable")):
+        monkeypatch.setenv(library.VARIABLE, asked)
+        assert library.level.__wrapped__() == found
+    monkeypatch.setenv(library.VARIABLE, "fast")
+    with pytest.raises(PosttrainError, match="'fast'; expected off, portable"):
+        library.level.__wrapped__()
+
+
+def test_a_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "library", lambda: None)
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    with pytest.warns(UserWarning, match="without its functions in C"):
+        assert library.level.__wrapped__() is None

@@ -95,7 +95,7 @@ def _agree(module: nn.Module, other: Forward) -> bool:
     try:
         own, made = type(module).forward(module, inputs).float(), other(inputs).float()
     except (RuntimeError, TypeError, ValueError):
-        return False
+        return False  # it takes other inputs than a row of numbers: no twin of these functions
     return bool((own - made).abs().max() <= AGREES[weight.dtype] * own.abs().max())
 
 

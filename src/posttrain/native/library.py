@@ -1,7 +1,8 @@
 """The shared library of the row-wise functions: where it is, what its functions take.
 
 It is plain C, called by `ctypes` with the addresses of tensors; `setup.py` builds it where there is a compiler. Without
-it, and with `POSTTRAIN_KERNELS=off`, everything is computed by PyTorch, and comes out the same up to rounding.
+it, which is said once, and with `POSTTRAIN_KERNELS=off`, everything is computed by PyTorch, and comes out the same up
+to rounding. Other values of the variable are those of the kernels of packed weights.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from posttrain.trajectory import PosttrainError
 
 VARIABLE = "POSTTRAIN_KERNELS"
 LEVELS = ("portable", "avx2", "avx512")  # of the processor; as in the source
@@ -59,18 +63,29 @@ def library() -> ctypes.CDLL | None:
 def level() -> str | None:
     """The level of the functions that are called; None where there are none, or none are wanted."""
     found, asked = library(), os.environ.get(VARIABLE, "")
-    if found is None or asked == "off":
+    if asked not in ("", "off", *LEVELS):
+        raise PosttrainError(f"{VARIABLE} is {asked!r}; expected off, {', '.join(LEVELS)}, or nothing for the best")
+    if asked == "off":
+        return None
+    if found is None:
+        warnings.warn(
+            "posttrain was installed without its functions in C (no C compiler): training and sampling on the CPU are "
+            "slower; install a compiler and posttrain again, or set POSTTRAIN_KERNELS=off to hide this",
+            stacklevel=3,
+        )
         return None
     best = int(found.posttrain_fused_level())
-    return LEVELS[min(best, LEVELS.index(asked))] if asked in LEVELS else LEVELS[best]
+    if asked and LEVELS.index(asked) > best:
+        raise PosttrainError(f"{VARIABLE} is {asked}, but this processor offers {LEVELS[best]} at most")
+    return asked or LEVELS[best]
 
 
 def there_for(*tensors: Tensor) -> bool:
     """Whether the library can take these: all on the CPU, in one dtype, fp32 or bf16."""
     return (
         _enabled
-        and level() is not None
         and all(t.device.type == "cpu" for t in tensors)
+        and level() is not None
         and tensors[0].dtype in SUFFIXES
         and all(t.dtype == tensors[0].dtype for t in tensors)
         and not torch.compiler.is_compiling()

@@ -1,7 +1,7 @@
 """A second look at claims that failed: one more setting each, in which the mechanism should matter more.
 
-The first settings stay what they are, and so do their verdicts; their pages say `fails`. Before a claim failed for
-good its card was read again beside the code, and the study here was written, with its rule, before it was run.
+The first settings stay what they are, and so do their verdicts; their pages say `fails`. Cards 007, 035, 051 and 162
+were read again beside the code; each study here was written, with its rule, before it was run.
 """
 
 from __future__ import annotations
