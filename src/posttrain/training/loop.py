@@ -12,70 +12,37 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from posttrain.models.causal import CausalPolicy, evaluating
-from posttrain.models.sharded import Sharded, piece
-from posttrain.models.simulated import linear_layers
+from posttrain.models.sharded import Sharded
 from posttrain.objective.batch import Batch, Totals
 from posttrain.objective.estimator import Loss, Objective
 from posttrain.objective.likelihood import Likelihood
 from posttrain.processes import add_up, agree, any_of, here, same
 from posttrain.rollout.engine import keep_experts
-from posttrain.rollout.strategy import Plain
 from posttrain.training import checkpoint
-from posttrain.training.ahead import corrects
+from posttrain.training.checks import check
 from posttrain.training.collect import Collected, Offline, Online, Source
 from posttrain.training.critic import ValueHead
 from posttrain.training.method import Method
 from posttrain.training.optim import MasterAdamW, learning_rate
 from posttrain.training.parallel import (
     Piece,
-    check_batch,
     checksum,
     micro_batches,
-    part_of,
     seed_step,
-    stored,
     summed,
 )
+from posttrain.training.progress import Best, Outcome, Progress
 from posttrain.training.signals import Reference, full_reference, load_teacher, supply
 from posttrain.training.track import Tracker
 from posttrain.trajectory import PosttrainError
 
-BEST = "best"
 Evaluator = Callable[["Trainer"], dict[str, float]]  # held-out figures; `heldout_accuracy` (or -`heldout_loss`) decides
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a stage has done; the part of a checkpoint that is not tensors."""
-
-    step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    rollouts: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    best: float | None = None
-    best_step: int = -1
-    since_best: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-@dataclass(slots=True)
-class Outcome:
-    """How a stage ended: `finished`, `early` (patience or budget) or `interrupted`."""
-
-    status: str
-    progress: Progress
 
 
 class Trainer:
@@ -103,9 +70,8 @@ class Trainer:
         self.folder, self.seed, self.evaluator, self.stop = folder, seed, evaluator, stop
         self.tracker = tracker or Tracker.silent()
         self.progress = Progress()
-        self._best_saved = -1  # the best step that the newest checkpoint speaks of
         needs = self.objective.needs
-        self._check()
+        check(policy, method, source, judged=evaluator is not None)
         following = (method.reference_decay, method.reference_every)
         self.reference = Reference(policy, *following) if method.wants_reference else None
         self.teacher = load_teacher(method.teacher, policy) if method.teacher is not None else None
@@ -119,6 +85,7 @@ class Trainer:
         self._opened = any(getattr(p, "reference", False) for p in (method.rollouts, *method.shaping))
         if self.sharded is not None and self.reference is not None and not self._opened:
             self.reference.spread(self.sharded.twin)
+        self.best = Best(folder, self.settings.patience, self.learner)
         named = self.learner.trainable_parameters()
         if self.critic is not None:
             named += [(f"critic.{n}", p) for n, p in self.critic.named_parameters()]
@@ -137,57 +104,6 @@ class Trainer:
                 self._signals = self._signals | {"experts"}
         if self._stale:
             self._signals = self._signals - {"old_logp"}
-
-    def _check(self) -> None:
-        """What can never work is refused before anything is computed."""
-        name, settings, rows = self.method.name, self.settings, self.source.rows
-        least = self.objective.minimum_group
-        if self.method.online and settings.group < least:
-            raise PosttrainError(
-                f"{name}: group is {settings.group}; group-normalised advantages need at least {least} completions "
-                f"a prompt"
-            )
-        if self.method.online and settings.temperature == 0:
-            raise PosttrainError(f"{name}: temperature is 0, all completions of a prompt would be equal; raise it")
-        if "mismatched_kl" in self.objective.needs and min(settings.batch, rows) < 2:
-            raise PosttrainError(
-                f"{name} judges an answer against other rows': it needs 2 rows a step; got batch {settings.batch} "
-                f"and {rows} row{'s' if rows != 1 else ''} of data"
-            )
-        check_batch(name, settings, rows)
-        if here().sharded and self.method.weight_rule is not None:
-            raise PosttrainError(f"{name} masks whole weights, which are spread over processes; train without shard")
-        if settings.patience and not settings.evaluate_every:
-            raise PosttrainError(
-                f"{name}: patience is {settings.patience} and nothing is evaluated; set evaluate_every"
-            )
-        if settings.evaluate_every and self.evaluator is None:
-            raise PosttrainError(
-                f"{name}: evaluate_every is {settings.evaluate_every} and nothing is held out; give a task, or heldout "
-                f"with the data"
-            )
-        if self.method.precision is not None:
-            linear_layers(self.policy)  # refuses a model that has none
-
-        if settings.staleness:
-            self._check_ahead()
-
-    def _check_ahead(self) -> None:
-        """Refuse what cannot learn from completions of older weights."""
-        method, who = self.method, f"{self.method.name}: staleness is {self.settings.staleness}"
-        if not method.online:
-            raise PosttrainError(f"{who}; rows of a data set are not drawn ahead: set staleness: 0")
-        if not isinstance(method.rollouts, Plain) or hasattr(self.source.sampler, "survey"):
-            part = self.source.sampler if isinstance(method.rollouts, Plain) else method.rollouts
-            raise PosttrainError(
-                f"{who}; {type(part).__name__} looks at the present policy to draw, and cannot do it ahead: set "
-                f"staleness: 0"
-            )
-        if not corrects(self.objective):
-            raise PosttrainError(
-                f"{who}; its objective weighs a completion alike whatever policy drew it, which is right for fresh "
-                f"ones alone: take a method with a ratio, such as grpo, or set staleness: 0"
-            )
 
     @property
     def _stale(self) -> bool:
@@ -241,7 +157,9 @@ class Trainer:
             if status == "interrupted":
                 self.save()
             else:
-                self._restore_best()
+                if self.best.restore(self.progress):
+                    step = self.progress.best_step
+                    self.tracker.note(f"kept the weights of step {step}, the best on held-out prompts")
             if self.sharded is not None:
                 self.sharded.gather()
         finally:
@@ -454,26 +372,7 @@ class Trainer:
         if self.weights is not None and not self.weights.settled:
             return False  # weights that are not yet as they will be are no best ones
         score = figures["heldout_accuracy"] if "heldout_accuracy" in figures else -figures["heldout_loss"]
-        if self.progress.best is None or score > self.progress.best:
-            self.progress.best, self.progress.best_step, self.progress.since_best = score, step, 0
-            if self.settings.patience and self.folder is not None:
-                checkpoint.save(self.folder / BEST, step, self._weights(), {}, keep=None)
-                checkpoint.keep_only(self.folder / BEST, {step, self._best_saved})
-            return False
-        self.progress.since_best += 1
-        return bool(self.settings.patience and self.progress.since_best >= self.settings.patience)
-
-    def _restore_best(self) -> None:
-        if not self.settings.patience or self.folder is None or self.progress.best_step in (-1, self.progress.step):
-            return
-        tensors, _ = checkpoint.load(checkpoint.at(self.folder / BEST, self.progress.best_step))
-        with torch.no_grad():
-            for name, parameter in self.learner.trainable_parameters():
-                piece(parameter).copy_(stored(tensors, name, parameter))
-        self.tracker.note(f"kept the weights of step {self.progress.best_step}, the best on held-out prompts")
-
-    def _weights(self) -> dict[str, Tensor | checkpoint.Part]:
-        return {name: part_of(p) for name, p in self.learner.trainable_parameters()}
+        return self.best.judge(score, self.progress)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -495,7 +394,7 @@ class Trainer:
         if self.weights is not None:
             tensors |= self.weights.tensors()
         checkpoint.save(self.folder, self.progress.step, tensors, state)
-        self._keep_best()
+        self.best.keep(self.progress)
 
     def _resume(self) -> None:
         found = checkpoint.latest(self.folder) if self.folder is not None and self.folder.is_dir() else None
@@ -513,11 +412,5 @@ class Trainer:
             if isinstance(self.source, Online) and self._stale:
                 self.source.ahead.restore(state["ahead"], tensors)
             self.progress = Progress(**state["progress"])
-        self._keep_best()
+        self.best.keep(self.progress)
         self.tracker.starts(self.progress.step)
-
-    def _keep_best(self) -> None:
-        """Of the best weights, only those that the newest checkpoint speaks of (a later one may be of lost steps)."""
-        self._best_saved = self.progress.best_step
-        if self.folder is not None:
-            checkpoint.keep_only(self.folder / BEST, {self._best_saved})
