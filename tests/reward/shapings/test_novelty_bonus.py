@@ -55,6 +55,16 @@ def test_the_projection_is_drawn_anew_each_step_and_repeats_with_its_seed(policy
     assert bonus(1) != pytest.approx(bonus(2))
 
 
+def test_completions_that_say_the_same_are_not_novel_whatever_the_rounding() -> None:
+    """A ridge relative to a spread of nothing but rounding would make noise of it, or divide by 0."""
+    one = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
+    noise = 1e-6 * torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+    relative = Novelty(ridge=0.5, relative=True, dimensions=None)
+    for same in (one.repeat(8, 1), one * (1 + noise), torch.zeros(8, 16)):
+        assert relative.bonus(same).tolist() == [0.0] * 8
+    assert float(relative.bonus(one * (1 + 1e4 * noise)).min()) > 0
+
+
 def test_a_small_ridge_discriminates_nothing_and_a_relative_one_does(policy: CausalPolicy) -> None:
     group = scored(["ab", "ab!", "xyz", "xy"], [1.0, 0.0, 0.0, 0.0])
     states = 100 * mean_hidden(policy, [group])

@@ -20,6 +20,8 @@ from posttrain.rollout.context import StepContext
 from posttrain.rollout.novelty import elliptical_bonus, sparse_projection
 from posttrain.trajectory import Group, PosttrainError
 
+ROUNDING = 1e-10  # a spread of states below this share of their squared length is that of rounding in fp32
+
 
 @dataclass(frozen=True)
 class Novelty:
@@ -74,7 +76,10 @@ class Novelty:
         """`[n, d]` states of a group to `[n]` float64 bonuses."""
         ridge = self.ridge
         if self.relative:
-            centred = states.double() - states.double().mean(0)
-            ridge *= max(float(centred.square().sum(1).mean()), torch.finfo(torch.float64).tiny)
+            v = states.double()
+            spread = float((v - v.mean(0)).square().sum(1).mean())
+            if spread <= ROUNDING * float(v.square().sum(1).mean()):  # all say the same: none is novel
+                return v.new_zeros(len(v))
+            ridge *= spread
         bonus = elliptical_bonus(states, ridge)
         return bonus / (1 - bonus) if self.leave_one_out else bonus
