@@ -8,8 +8,10 @@ EXTRAS = $(BIN)/python -c "import sys, tomllib; extras = tomllib.load(open('pypr
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
 WORKERS ?= 2
+# .venv has the CPU build of torch
+GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: help demo test test-browser test-vllm test-ray lint format bench studies studies-quick clean
+.PHONY: help demo test test-browser test-vllm test-ray test-gpu lint format bench studies studies-quick clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -17,8 +19,8 @@ help:  ## this list
 demo: $(VENV)/.base  ## post-train SmolLM2-135M on arithmetic and prove that it got better (10 to 15 minutes on two cores)
 	@$(BIN)/posttrain run examples/demo.yaml
 
-test: $(VENV)/.test  ## the test suite, without the tests of the browser, of vLLM and of Ray
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not browser and not vllm and not ray" tests
+test: $(VENV)/.test  ## the test suite, without the tests of the browser, of vLLM, of Ray and of a GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not browser and not vllm and not ray and not gpu" tests
 
 test-browser: $(VENV)/.browser  ## open a report in headless Chromium (needs chromium and chromedriver)
 	$(BIN)/python -m pytest -m browser tests/report
@@ -28,6 +30,10 @@ test-vllm: $(VLLM)/.ready  ## the engine on real vLLM, in an environment of its 
 
 test-ray: $(VENV)/.ray  ## the pool of workers on a Ray cluster of this machine, some of which are killed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray tests/cluster
+
+test-gpu:  ## training, rollouts and kernels on a GPU, by the python that has a torch for it (GPU_PYTHON=...)
+	PYTHONPATH=src:. $(GPU_PYTHON) -m pytest -m gpu tests/gpu
+	PYTHONPATH=src:. $(GPU_PYTHON) -m pytest tests/compress/kernels/test_gpu_kernels.py
 
 lint: $(VENV)/.lint  ## ruff, mypy, and the table of rooms
 	$(BIN)/ruff check --no-cache src tests benchmarks

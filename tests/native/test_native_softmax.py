@@ -21,24 +21,41 @@ def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> bool
     return bool((found.float() - wanted.float()).abs().max() <= limit * wanted.float().abs().max())
 
 
+def near(found: torch.Tensor, wanted: torch.Tensor, size: torch.Tensor, dtype: torch.dtype) -> bool:
+    limit = 3e-6 if dtype == torch.float32 else 1e-2
+    return bool((found.float() - wanted).abs().max() <= limit * size.float().abs().max())
+
+
+def masks(queries: int, keys: int) -> dict[str, torch.Tensor]:
+    """`[2, 1, queries, keys]`: any keys, a prefix of them, a window that ends before the last."""
+    gap = torch.arange(queries)[:, None] * keys // queries - torch.arange(keys)
+    found = {"any": torch.rand(2, 1, queries, keys) < 0.7, "prefix": gap >= 0, "window": (gap >= 0) & (gap < 9)}
+    found["any"][..., 0] = True
+    return {name: mask.expand(2, 1, queries, keys).contiguous() for name, mask in found.items()}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [1, 5, 40, 131])
-def test_attention_weights_and_their_gradient(dtype: torch.dtype, keys: int) -> None:
+@pytest.mark.parametrize("kind", ["any", "prefix", "window"])
+def test_attention_weights_and_their_gradient(dtype: torch.dtype, keys: int, kind: str) -> None:
     torch.manual_seed(0)
-    scores, back = ((4 * torch.randn(2, 3, 7, keys)).to(dtype) for _ in range(2))
-    seen = torch.rand(2, 1, 7, keys) < 0.7
-    seen[..., 0] = True
+    scores = (4 * torch.randn(2, 3, 7, keys)).to(dtype)
+    value, given = (torch.randn(2, 3, n, 6).to(dtype) for n in (keys, 7))
+    back, seen = given @ value.transpose(-1, -2), masks(7, keys)[kind]
     wide = scores.float().requires_grad_()
     weights = (0.25 * wide).masked_fill(~seen, float("-inf")).softmax(-1)
     weights.backward(back.float())
-    dot = (weights.detach() * back.float()).sum(-1)
+    out = (weights.detach() @ value.float()).to(dtype)
     assert wide.grad is not None
 
     assert close(softmax.attention_weights(scores.clone(), seen, 0.25), weights, dtype)
     again, low = scores.clone(), back.clone()
-    softmax.attention_gradients(again, seen, low, dot, 0.25)
+    softmax.attention_gradients(again, seen, low, out, given, 0.25)
     assert close(again, weights, dtype)
-    assert close(0.25 * low.float(), wide.grad, dtype)
+    assert near(low, wide.grad, 0.25 * back, dtype)
+    hidden = ~seen.expand_as(scores)
+    assert not again[hidden].any()
+    assert not low[hidden].any()
 
 
 @settings(deadline=None, max_examples=30)

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from posttrain.models import device_attention
 from posttrain.models.layers import Forward, replaced, replacements
 from posttrain.models.packing import Bucket, Layout
+from posttrain.models.rotary import Rotations, rotating, rotations
 from posttrain.native import library, softmax
 
 NAME = "posttrain"
@@ -136,9 +138,13 @@ def _attend_bucket(
     bk = k.index_select(0, bucket.key.flatten()).view(rows, -1, *k.shape[1:]).transpose(1, 2)
     bv = v.index_select(0, bucket.key.flatten()).view(rows, -1, *v.shape[1:]).transpose(1, 2)
     mask = bucket.within(window)
+    causal = bucket.whole and mask is bucket.mask and choice is None
     if choice is not None:
         mask = choice.within(bq, bk, mask)
-    found = attend(bq, bk, bv, mask, scale, softcap)
+    if softcap is None and device_attention.suits(bq):
+        found = device_attention.attend(bq, bk, bv, mask, scale, causal)
+    else:
+        found = attend(bq, bk, bv, mask, scale, softcap)
     return found.transpose(1, 2).flatten(0, 1).index_select(0, bucket.query_rows)
 
 
@@ -196,25 +202,25 @@ class _GroupedAttention(torch.autograd.Function):
         batch, kv = k.shape[:2]
         stacked = grad.reshape(batch, kv, -1, v.shape[-1])
         back = stacked @ v.transpose(-1, -2)
-        dot = (grad.float() * out.float()).sum(-1)
         if ctx.native:
             weights, low = _GroupedAttention.scores(q, k), back
-            softmax.attention_gradients(weights, mask, low.view(weights.shape), dot, ctx.scale)
+            softmax.attention_gradients(weights, mask, low.view(weights.shape), out, stacked.view(out.shape), ctx.scale)
             weights = weights.view(back.shape)
         else:
+            dot = (grad.float() * out.float()).sum(-1)
             weights = _GroupedAttention.weights(q, k, mask, ctx.scale).view(back.shape)
-            low = back.float().sub_(dot.view(batch, kv, -1, 1)).mul_(weights).to(q.dtype)
+            low = back.float().sub_(dot.view(batch, kv, -1, 1)).mul_(weights).mul_(ctx.scale).to(q.dtype)
             weights = weights.to(v.dtype)
         d_v = weights.transpose(-1, -2) @ stacked
-        d_q = (low @ k).mul_(ctx.scale).view(q.shape)
-        d_k = (low.transpose(-1, -2) @ q.reshape(batch, kv, -1, q.shape[-1])).mul_(ctx.scale)
+        d_q = (low @ k).view(q.shape)
+        d_k = low.transpose(-1, -2) @ q.reshape(batch, kv, -1, q.shape[-1])
         return d_q, d_k, d_v, None, None
 
 
 @contextmanager
 def packed_attention(model: nn.Module) -> Iterator[None]:
     """Let the model use the registered function inside the block, and its own outside; and the row-wise functions for
-    its norms and gated units.
+    its norms, gated units and rotary positions.
 
     Layers under gradient checkpointing are computed again in the backward pass, when the block is over; they use the
     registered function then, too.
@@ -222,16 +228,18 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attention_forward)
-    configs, rowwise = attention_configs(model), replacements(model)
+    configs, rowwise, rotary = attention_configs(model), replacements(model), rotations(model)
     checkpoints = [
         (m, function)
         for m in model.modules()
         if (function := m.__dict__.get("_gradient_checkpointing_func")) is not None
     ]
     for module, function in checkpoints:
-        module._gradient_checkpointing_func = partial(_checkpoint, function, configs, rowwise)  # type: ignore[assignment]
+        module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
+            _checkpoint, function, configs, rowwise, rotary
+        )
     try:
-        with implementation(configs), replaced(rowwise):
+        with implementation(configs), replaced(rowwise), rotating(rotary):
             yield
     finally:
         for module, function in checkpoints:
@@ -261,11 +269,12 @@ def _checkpoint(
     checkpoint: Callable[..., Any],
     configs: list[Any],
     rowwise: list[tuple[nn.Module, Forward]],
+    rotary: Rotations,
     layer: Callable[..., Any],
     *args: Any,
 ) -> Any:
     def packed_layer(*inputs: Any) -> Any:
-        with implementation(configs), replaced(rowwise):
+        with implementation(configs), replaced(rowwise), rotating(rotary):
             return layer(*inputs)
 
     return checkpoint(packed_layer, *args)

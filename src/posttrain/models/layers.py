@@ -1,7 +1,8 @@
-"""Norms and gated units of a model computed by the row-wise functions, where they compute what those do.
+"""Norms and gated units of a model computed by the row-wise functions, where they compute what those do; and layers
+whose gradients go straight to the optimizer.
 
-`transformers` writes them in many operations of PyTorch, each of which reads and writes memory once more. Which modules
-they can stand in for is found by trying, not by names: a class is taken if its output on drawn input agrees.
+`transformers` writes the former in many operations of PyTorch, each of which reads and writes memory once more. Which
+modules they can stand in for is found by trying, not by names: a class is taken if its output on drawn input agrees.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.models.sink_layers import looked_up, projected, takes_product, takes_rows
 from posttrain.native import layers, library
 
 Forward = Callable[[Tensor], Tensor]
@@ -25,15 +27,16 @@ def replacements(model: nn.Module) -> list[tuple[nn.Module, Forward]]:
     weights = next(model.parameters(), None)
     if weights is None or not library.there_for(weights):
         return []
-    agreeing: dict[tuple[type, Any], bool] = {}
+    agreeing: dict[tuple[Any, ...], bool] = {}
     found: list[tuple[nn.Module, Forward]] = []
     for module in model.modules():
         if "forward" in module.__dict__:  # someone else's already
             continue
-        other = _norm(module) or _gated_unit(module)
+        other = _norm(module) or _gated_unit(module) or _sinking(module)
         if other is None:
             continue
-        kind = (type(module), str(getattr(module, "act_fn", "")))
+        one = id(module) if isinstance(module, nn.Embedding) else 0  # each may have a scale of its own
+        kind = (type(module), str(getattr(module, "act_fn", "")), one)
         if kind not in agreeing:
             agreeing[kind] = _agree(module, other)
         if agreeing[kind]:
@@ -83,6 +86,12 @@ def _gated_forward(module: Any, hidden: Tensor) -> Tensor:
     return module.down_proj(layers.gated(gate, up))
 
 
+def _sinking(module: nn.Module) -> Forward | None:
+    if takes_product(module):
+        return partial(projected, module)  # type: ignore[arg-type]
+    return partial(looked_up, module) if takes_rows(module) else None  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def _agree(module: nn.Module, other: Forward) -> bool:
     """Whether both forwards give the same on drawn input, up to rounding."""
@@ -91,7 +100,10 @@ def _agree(module: nn.Module, other: Forward) -> bool:
     if weight is None or width is None or not weight.is_floating_point() or weight.dtype not in AGREES:
         return False
     draw = torch.Generator().manual_seed(0)
-    inputs = torch.randn(1, 3, width, generator=draw).to(weight)
+    if isinstance(module, nn.Embedding):
+        inputs = torch.randint(0, len(weight), (1, 3), generator=draw)
+    else:
+        inputs = torch.randn(1, 3, width, generator=draw).to(weight)
     try:
         own, made = type(module).forward(module, inputs).float(), other(inputs).float()
     except (RuntimeError, TypeError, ValueError):
@@ -102,6 +114,6 @@ def _agree(module: nn.Module, other: Forward) -> bool:
 def _width(module: nn.Module) -> int | None:
     gate, weight = getattr(module, "gate_proj", None), getattr(module, "weight", None)
     if gate is None:
-        return len(weight) if isinstance(weight, Tensor) else None
+        return weight.shape[-1] if isinstance(weight, Tensor) else None
     found = getattr(gate, "in_features", None)
     return int(found) if found is not None else None

@@ -35,7 +35,8 @@ class Bucket:
     query: `[B, Q]` int64 packed index of each query, 0 where padded; position: `[B, Q]` its position likewise.
     key: `[B, K]` int64 packed index of the key at each position of a sequence, 0 where padded.
     mask: `[B, 1, Q, K]` bool, True where a query may look; query_rows: flat indices into `[B * Q]` that are real, in
-    the order of `packed`, their packed indices.
+    the order of `packed`, their packed indices. whole: no segment continues another, so that a query sees all of its
+    row up to itself.
     """
 
     query: Tensor
@@ -44,6 +45,7 @@ class Bucket:
     mask: Tensor
     query_rows: Tensor
     packed: Tensor
+    whole: bool = False
     windowed: dict[int, Tensor] = field(default_factory=dict)
 
     def within(self, window: int | None) -> Tensor:
@@ -64,6 +66,7 @@ class Bucket:
             self.mask.to(device),
             self.query_rows.to(device),
             self.packed.to(device),
+            self.whole,
         )
 
 
@@ -207,4 +210,5 @@ class _Builder:
         # a padded query stands at position 0 and looks there, so that its softmax is finite
         mask = position[:, :, None] >= torch.arange(keys)
         rows = real_query.flatten().nonzero()[:, 0]
-        return Bucket(query, position, key, mask[:, None], rows, query.flatten()[rows])
+        whole = all(s.prefix < 0 for s in segments)
+        return Bucket(query, position, key, mask[:, None], rows, query.flatten()[rows], whole)

@@ -1,4 +1,4 @@
-"""Norms and gated units of a layer, with gradients: the row-wise functions as operations of PyTorch."""
+"""Norms, gated units, rotary positions of a layer, with gradients: the row-wise functions as operations of PyTorch."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def gated(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up`, the first factor rounded before the product."""
     found: Tensor = _Gated.apply(gate, up)
+    return found
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x * cos + half(x) * sin` with `half` of (a, b) = (-b, a): x `[1, heads, N, width]`, cos and sin `[1, N, width]`,
+    which take no gradient. It lies in memory as `[N, heads, width]`.
+    """
+    found: Tensor = _Rotated.apply(x, cos, sin)
     return found
 
 
@@ -65,3 +73,28 @@ class _Gated(torch.autograd.Function):
         rows, count = gate.numel() // width, threads(gate.numel())
         call("gated_back", gate.dtype, given.contiguous(), gate, up, d_gate, d_up, rows, width, count=count)
         return d_gate, d_up
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given: Tensor) -> tuple[Any, ...]:
+        return _rotated(given, *ctx.saved_tensors, back=True), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    _, heads, rows, width = x.shape
+    y = torch.empty(1, rows, heads, width, dtype=x.dtype, device=x.device)
+    call(
+        "rotated", x.dtype, x.data_ptr(), cos, sin, y, rows, heads, width, x.stride(2), x.stride(1), int(back),
+        count=threads(x.numel()),
+    )  # fmt: skip
+    return y.transpose(1, 2)

@@ -32,11 +32,16 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rms_norm_back": (_P, _P, _P, _P, _P, _P, _L, _L),
     "gated": (_P, _P, _P, _L, _L),
     "gated_back": (_P, _P, _P, _P, _P, _L, _L),
+    "rotated": (_P, _P, _P, _P, _L, _L, _L, _L, _L, _L),
     "attention_weights": (_P, _P, _P, _L, _L, _L, _L, _F),
-    "attention_back": (_P, _P, _P, _P, _P, _L, _L, _L, _L, _F),
+    "attention_back": (_P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _F),
     "log_sum": (_P, _P, _P, _L, _L, _F),
     "logit_gradient": (_P, _P, _P, _P, _L, _L, _F),
     "draw": (_P, _P, _P, _P, _P, _L, _L, _F),
+}
+_LOW_SIGNATURES: dict[str, tuple[Any, ...]] = {  # of those for bf16 alone
+    "transpose": (_P, _P, _L, _L, _L),
+    "add": (_P, _P, _L, _L),
 }
 
 _enabled = True
@@ -49,8 +54,9 @@ def library() -> ctypes.CDLL | None:
         try:
             found = ctypes.CDLL(str(path))
             for level in LEVELS[: int(found.posttrain_fused_level()) + 1]:
-                for name, signature in _SIGNATURES.items():
-                    for suffix in SUFFIXES.values():
+                for suffix in SUFFIXES.values():
+                    of_both = _SIGNATURES | (_LOW_SIGNATURES if suffix == "bf16" else {})
+                    for name, signature in of_both.items():
                         function = getattr(found, f"posttrain_{name}_{suffix}_{level}")
                         function.argtypes, function.restype = (*signature, _I), None
         except (OSError, AttributeError):  # of another machine, or of another version

@@ -8,6 +8,7 @@ from torch import Tensor
 from posttrain.native.library import call, threads
 
 BLOCK = 256  # tokens whose probabilities a draw adds up first; as in the source
+KEYS = 64  # keys of a block, as in the source
 
 
 def attention_weights(scores: Tensor, seen: Tensor, scale: float) -> Tensor:
@@ -16,7 +17,7 @@ def attention_weights(scores: Tensor, seen: Tensor, scale: float) -> Tensor:
     """
     batch, heads, queries, keys = scores.shape
     count = threads(scores.numel())
-    scratch = torch.empty(count, keys, device=scores.device)
+    scratch = torch.empty(count, -(-keys // KEYS) * KEYS, device=scores.device)
     call(
         "attention_weights", scores.dtype, scores, seen.contiguous().view(torch.uint8), scratch,
         batch, heads, queries, keys, scale, count=count,
@@ -24,17 +25,17 @@ def attention_weights(scores: Tensor, seen: Tensor, scale: float) -> Tensor:
     return scores
 
 
-def attention_gradients(scores: Tensor, seen: Tensor, back: Tensor, dot: Tensor, scale: float) -> None:
-    """Scores become weights as above, and `back`, the gradient of the weights, that of `scale * scores`; both in place.
+def attention_gradients(scores: Tensor, seen: Tensor, back: Tensor, out: Tensor, given: Tensor, scale: float) -> None:
+    """Scores become weights as above, and `back`, the gradient of the weights, that of the scores; both in place.
 
-    dot: `[batch, heads, queries]` fp32, sum over the value width of the output times its gradient.
+    out, given: `[batch, heads, queries, width]`, the output of attention and its gradient.
     """
     batch, heads, queries, keys = scores.shape
     count = threads(scores.numel())
-    scratch = torch.empty(count, keys, device=scores.device)
+    scratch = torch.empty(count, -(-keys // KEYS) * KEYS, device=scores.device)
     call(
         "attention_back", scores.dtype, scores, seen.contiguous().view(torch.uint8), scratch, back,
-        dot.contiguous(), batch, heads, queries, keys, scale, count=count,
+        out.contiguous(), given.contiguous(), batch, heads, queries, keys, out.shape[-1], scale, count=count,
     )  # fmt: skip
 
 

@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from posttrain.native import library, softmax
+from posttrain.objective.sink import sink_of
 
 CHUNK_ELEMENTS = 1 << 25  # gradients of logits held at a time: 64 MiB in bf16
 SOFTMAX_ELEMENTS = 1 << 22  # of which this many are in the softmax at a time: 16 MiB in fp32
+# on a GPU all of a chunk at once: its products want many rows, and every launch costs; 256 MiB in fp32
+DEVICE_ELEMENTS = 1 << 26
 Divergence = Literal["forward", "reverse"]
 
 COLLISION_TOKENS = 128  # hidden states whose logits over the whole vocabulary are held at a time
@@ -103,7 +106,7 @@ def token_statistics(
     entropy: bool = False,
     reference: tuple[Tensor, Head] | None = None,
     divergence: Divergence = "reverse",
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_elements: int | None = None,
 ) -> TokenStatistics:
     r"""Log-probability of `target` under `softmax(head(hidden))`, differentiable in hidden, weight and bias.
 
@@ -114,21 +117,23 @@ def token_statistics(
         entropy: also return :math:`-\sum_v p_v \log p_v` (differentiable).
         reference: hidden states and head of another model, constant; adds the full-vocabulary divergence to it.
         divergence: ``reverse`` is KL(policy || reference), ``forward`` is KL(reference || policy).
-        chunk_elements: logits held at a time; a chunk is at least one token.
+        chunk_elements: logits held at a time, by default as many as suit the device; a chunk is at least one token.
     """
     if hidden.ndim != 2 or target.shape != hidden.shape[:1]:
         raise ValueError(
             f"token_statistics needs hidden [tokens, width] and target [tokens]; "
             f"got {tuple(hidden.shape)} and {tuple(target.shape)}"
         )
+    if chunk_elements is None:
+        chunk_elements = DEVICE_ELEMENTS if on_gpu(head.weight) else CHUNK_ELEMENTS
     rows = max(1, chunk_elements // head.weight.shape[0])
     logp, ent, div = _Fused.apply(hidden, head.weight, head.bias, target, head, entropy, reference, divergence, rows)
     return TokenStatistics(logp, ent if entropy else None, div if reference is not None else None)
 
 
 class _Fused(torch.autograd.Function):
-    """Rows are handled in two sizes: the softmax, bound by memory traffic, takes few at a time (`inner`, so that they
-    stay in cache); the products with the vocabulary matrix in the backward pass take many (`rows`).
+    """On a CPU rows are handled in two sizes: the softmax, bound by memory traffic, takes few at a time (`inner`, so
+    that they stay in cache); the products with the vocabulary matrix in the backward pass take many (`rows`).
     """
 
     @staticmethod
@@ -186,6 +191,7 @@ class _Fused(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight: Tensor | None = None
+        sink = sink_of(weight) if wants_weight else None
         d_bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if wants_bias and bias is not None else None
         inner = _softmax_rows(weight, rows)
         buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
@@ -205,7 +211,9 @@ class _Fused(torch.autograd.Function):
                     low[at : at + inner] = grad
             if d_hidden is not None:
                 d_hidden[start : start + rows] = low @ weight
-            if wants_weight:
+            if sink is not None:
+                sink.add_product(low, h)
+            elif wants_weight:
                 product = low.T @ h
                 d_weight = product.to(_wide(product.dtype)) if d_weight is None else d_weight.add_(product)
         return (
@@ -223,7 +231,14 @@ def _divergence(log_p: Tensor, reference: tuple[Tensor, Head], part: slice, dive
     return (first.exp() * (first - second)).sum(-1)
 
 
+def on_gpu(weight: Tensor) -> bool:
+    """Whether rows are handled as a GPU wants it."""
+    return weight.is_cuda
+
+
 def _softmax_rows(weight: Tensor, rows: int) -> int:
+    if on_gpu(weight):
+        return rows
     return min(rows, max(1, SOFTMAX_ELEMENTS // weight.shape[0]))
 
 

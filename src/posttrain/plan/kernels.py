@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from posttrain.models import attention, layers
 from posttrain.native import layers as rowwise
-from posttrain.native import library, softmax
+from posttrain.native import library, products, softmax
+from posttrain.objective import logprob
 from posttrain.plan.ledger import Ledger
+from posttrain.training import optim
 
 BACKWARD = 2.5  # operations of a tiled backward pass per operation of the forward pass: five products in place of two
 
@@ -31,11 +33,14 @@ def kernels(device: str, ledger: Ledger) -> Iterator[None]:
     """
     with ExitStack() as stack:
         _put(stack, attention, "attend", partial(_attend, attention.attend, device, ledger))
+        _put(stack, logprob, "on_gpu", lambda weight: weight.is_cuda or (weight.is_meta and device != "cpu"))
         if device == "cpu":
             _put(stack, library, "there_for", partial(_there_for, library.there_for))
             _put(stack, layers, "_agree", partial(_agree, layers._agree))
-            for module in (rowwise, softmax):
+            for module in (rowwise, softmax, products):
                 _put(stack, module, "call", partial(_call, module.call))
+        else:
+            _put(stack, optim, "open_sink", lambda *_: None)  # as there is none on a GPU
         yield
 
 
@@ -70,10 +75,14 @@ def _call(plain: Callable[..., None], name: str, dtype: torch.dtype, *arguments:
 
 
 def _agree(plain: Callable[..., bool], module: nn.Module, other: Any) -> bool:
-    """Norms are tried on real numbers, since some of that name compute something else; gated units are all alike."""
+    """Norms are tried on real numbers, since some of that name compute something else; gated units are all alike, as
+    are linear layers and tables of embeddings that are not scaled.
+    """
     weight = next(module.parameters())
     if weight.device.type != "meta":
         return plain(module, other)
+    if isinstance(module, nn.Embedding | nn.Linear):
+        return type(module).forward in (nn.Embedding.forward, nn.Linear.forward)
     if hasattr(module, "gate_proj"):
         return True
     real = copy.deepcopy(module).to_empty(device="cpu")

@@ -8,9 +8,10 @@ architecture, and a change of the trainer is a change of the plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from posttrain.models.attention import LayerState, packed_attention
 from posttrain.models.causal import CausalPolicy, evaluating
 from posttrain.models.packing import pack_prompts
 from posttrain.objective.batch import Batch
+from posttrain.objective.sink import sink_of
 from posttrain.plan.heap import Heap
 from posttrain.plan.kernels import kernels
 from posttrain.plan.ledger import SPREAD, Ledger, Part, Peak
@@ -159,6 +161,8 @@ class _Stage:
         self.moments: list[torch.Tensor] = []
         for parameter, master in zip(self.optimizer.parameters, self.optimizer.masters, strict=True):
             parameter.register_post_accumulate_grad_hook(lambda _, m=master: ledger.hold([m.grad], "gradients"))
+            if (sink := sink_of(parameter)) is not None:
+                sink.begin = partial(self._begin, sink.begin)  # type: ignore[method-assign]
         self._label_body()
 
     def _make_teacher(self) -> CausalPolicy | None:
@@ -171,6 +175,11 @@ class _Stage:
         made = outline(config, self.policy.dtype)
         self.ledger.hold(made.model.parameters(), "teacher")
         return made
+
+    def _begin(self, begin: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A gradient that a sink begins is counted as one."""
+        with self.ledger.part("gradients"):
+            return begin()
 
     def _label_body(self) -> None:
         """What the model's body makes with gradient are activations, whatever calls it."""

@@ -18,9 +18,11 @@ from posttrain.models.causal import CausalPolicy, evaluating
 from posttrain.models.packing import pack_prompts
 from posttrain.models.routing import Recorder, record_experts
 from posttrain.rollout.engine import Progress
+from posttrain.rollout.graphed import Decoder, GraphedRun, affordable, suits
 from posttrain.rollout.rows import Ending, Row, append, start_rows, uniforms
 from posttrain.rollout.sampling import draw_next
 from posttrain.rollout.slots import Slots
+from posttrain.rollout.static_slots import room_bucket, rows_bucket
 from posttrain.trajectory import Completion, PosttrainError, Prompt, Sampling
 
 CACHE_BYTES = 2 << 30  # key-value memory at most; fewer rows run at a time when prompts are long
@@ -30,17 +32,20 @@ PREFILL_TOKENS = 4096  # prompt tokens computed in one packed row
 class EmbeddedEngine:
     """Samples from a `CausalPolicy` in this process, always with its present weights.
 
-    rows: completions decoded together at most. experts: say with each completion which experts its tokens were sent to
-    (mixture-of-experts models). `generate` raises PosttrainError for a model that does not pack (`policy.packs`);
-    `engine_for` takes the plain engine for such a one.
+    rows: completions decoded together at most. experts: say with each completion which experts its tokens were sent
+    to (mixture-of-experts models). graphs: on a GPU, decode by CUDA graphs where the model allows it (see `graphed`);
+    their memory is kept from call to call. `generate` raises PosttrainError for a model that does not pack
+    (`policy.packs`); `engine_for` takes the plain engine for such a one.
     """
 
-    def __init__(self, policy: CausalPolicy, *, rows: int = 64, experts: bool = False) -> None:
+    def __init__(self, policy: CausalPolicy, *, rows: int = 64, experts: bool = False, graphs: bool = True) -> None:
         if rows < 1:
             raise PosttrainError(f"rows is {rows}; expected at least 1 completion decoded at a time")
         self.policy = policy
         self.rows = rows
         self.experts = experts
+        self.graphs = graphs
+        self._decoder: Decoder | None = None
 
     @property
     def max_length(self) -> int:
@@ -65,7 +70,26 @@ class EmbeddedEngine:
         if not waiting:
             return []
         with torch.inference_mode(), evaluating(self.policy.model):
+            if self._graphed():
+                return self._by_graphs(prompts, waiting, sampling, progress)
             return _Run(self.policy, prompts, waiting, sampling, self.rows).finish(progress, self.experts)
+
+    def _graphed(self) -> bool:
+        return self.graphs and not self.experts and suits(self.policy)
+
+    def _by_graphs(
+        self, prompts: Sequence[Prompt], waiting: list[Row], sampling: Sampling, progress: Progress | None
+    ) -> list[list[Completion]]:
+        capacity = room_bucket(max(len(prompts[row.prompt].tokens) + row.limit for row in waiting))
+        rows = min(self.rows, len(waiting), affordable(self.policy, capacity, CACHE_BYTES))
+        decoder, self._decoder = self._decoder, None  # of a call that failed, nothing is kept
+        if decoder is None or not decoder.serves(self.policy, rows, capacity):
+            decoder = None  # its memory goes before there is new
+            decoder = Decoder(self.policy, rows_bucket(rows), capacity)
+        with packed_attention(self.policy.model):
+            found = GraphedRun(decoder, prompts, waiting, sampling, rows).finish(progress, PREFILL_TOKENS)
+        self._decoder = decoder
+        return found
 
 
 class _Run:

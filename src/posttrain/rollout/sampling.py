@@ -57,19 +57,31 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
     normaliser = torch.logsumexp(scaled, -1)
     if not bool(torch.isfinite(normaliser).all()):
         raise PosttrainError(NOT_FINITE)
-    if sampling.temperature == 0:
-        token = scaled.argmax(-1)
-        chosen = scaled.gather(1, token[:, None])[:, 0]
-        return Draw(token, torch.zeros_like(chosen), chosen - normaliser)
-    if not sampling.truncated:
-        token = _invert((scaled - normaliser[:, None]).exp_(), uniform)
-        logp = scaled.gather(1, token[:, None])[:, 0] - normaliser
-        return Draw(token, logp, logp)
+    if sampling.temperature == 0 or not sampling.truncated:
+        return _plain(scaled, normaliser, uniform, sampling)
     kept, index = _truncate(scaled, normaliser, sampling)
     kept_normaliser = torch.logsumexp(kept, -1)
     place = _invert((kept - kept_normaliser[:, None]).exp_(), uniform)[:, None]
     chosen = kept.gather(1, place)[:, 0]
     return Draw(index.gather(1, place)[:, 0], chosen - kept_normaliser, chosen - normaliser)
+
+
+def draw_plain(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
+    """As `draw`, for sampling that is not truncated, without a word from the device to the host: where a row has no
+    finite logits, its `logp_full` is no finite number.
+    """
+    scaled = _scaled(logits, sampling.temperature)
+    return _plain(scaled, torch.logsumexp(scaled, -1), uniform, sampling)
+
+
+def _plain(scaled: Tensor, normaliser: Tensor, uniform: Tensor, sampling: Sampling) -> Draw:
+    if sampling.temperature == 0:
+        token = scaled.argmax(-1)
+        chosen = scaled.gather(1, token[:, None])[:, 0]
+        return Draw(token, torch.zeros_like(chosen), chosen - normaliser)
+    token = _invert((scaled - normaliser[:, None]).exp_(), uniform)
+    logp = scaled.gather(1, token[:, None])[:, 0] - normaliser
+    return Draw(token, logp, logp)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:

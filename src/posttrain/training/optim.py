@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.models.sharded import is_piece, piece
+from posttrain.objective.sink import close_sink, open_sink
 from posttrain.processes import add
 from posttrain.training.checkpoint import Part, Stored
 from posttrain.training.parallel import add_gradients, part_of, stored
@@ -34,7 +35,8 @@ class MasterAdamW:
 
     A low-precision parameter has an fp32 master copy: updates smaller than its spacing in bf16 (most of them, at usual
     learning rates) would otherwise be lost. Gradients of micro-batches are added in fp32 as soon as a parameter's is
-    ready, so a low-precision gradient lives only for a moment.
+    ready, so a low-precision gradient lives only for a moment; backward functions that know sinks add theirs themselves
+    (`objective/sink.py`).
 
     Of a parameter that is spread over processes the master is this process's rows themselves, in its memory.
     """
@@ -50,16 +52,17 @@ class MasterAdamW:
             [g for g in groups if g["params"]], lr=settings.learning_rate, betas=settings.betas, fused=held
         )
         self.max_grad_norm, self.skip_grad_norm = settings.max_grad_norm, settings.skip_grad_norm
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(self._collector(m))
-            for p, m in zip(self.parameters, self.masters, strict=True)
-            if m is not p and not is_piece(p)
-        ]
+        self._hooks = []
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter and not is_piece(parameter):
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._collector(master)))
+                open_sink(parameter, master)
 
     @staticmethod
     def _collector(master: Tensor):
         def collect(parameter: Tensor) -> None:
-            assert parameter.grad is not None
+            if parameter.grad is None:  # a sink took it
+                return
             if master.grad is None:
                 master.grad = parameter.grad.float()
             else:
@@ -152,6 +155,8 @@ class MasterAdamW:
         self.zero()
         for hook in self._hooks:
             hook.remove()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            close_sink(parameter, master)
 
     def tensors(self) -> dict[str, Tensor | Part]:
         """Everything a checkpoint needs: master weights and moments by parameter name."""

@@ -35,6 +35,7 @@ if DEVICE == "cpu" and "triton" not in sys.modules:
 INSTALLED = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="Triton is not installed: pip install posttrain[triton]")
 ROWS, COLUMNS = 21, 150  # no multiples of the kernels' blocks
+WORDS = 2400  # columns whose groups are of whole words, and more than a program goes through at a time
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,17 +45,19 @@ def triton_runs() -> Iterator[None]:
         yield
 
 
-def uniform(bits: int, kind: Any = "integer", groups: int = 3, ordered: bool = False) -> UniformWeight:
-    codes = torch.randint(0, 1 << bits, (ROWS, COLUMNS))
+def uniform(
+    bits: int, kind: Any = "integer", groups: int = 3, ordered: bool = False, columns: int = COLUMNS
+) -> UniformWeight:
+    codes = torch.randint(0, 1 << bits, (ROWS, columns))
     zero = torch.randint(0, 1 << bits, (ROWS, groups)).float() if kind == "integer" else torch.randn(ROWS, groups) / 9
-    group_of = torch.randint(0, groups, (COLUMNS,)) if ordered else None
+    group_of = torch.randint(0, groups, (columns,)) if ordered else None
     return UniformWeight.of(codes, torch.rand(ROWS, groups) / 9 + 0.01, zero, bits, kind, group_of)
 
 
-def table(kind: Any, bits: int = 4) -> TableWeight:
-    scale = torch.rand(ROWS, 5) + 0.1
+def table(kind: Any, bits: int = 4, columns: int = COLUMNS) -> TableWeight:
+    scale = torch.rand(ROWS, 5 if columns == COLUMNS else 3) + 0.1
     book = "nf4" if bits == 4 else torch.randn(2**bits)
-    codes = torch.randint(0, 2**bits, (ROWS, COLUMNS))
+    codes = torch.randint(0, 2**bits, (ROWS, columns))
     return TableWeight.of(codes, Scales.of(scale, kind, whole_of(scale, kind)), bits, book)
 
 
@@ -80,6 +83,13 @@ def vector(parts: list[tuple[int, Books]], normal: bool = False) -> VectorWeight
 
 MAKERS: dict[str, Callable[[], PackedWeight]] = {
     **{f"uniform, {bits} bits": lambda bits=bits: uniform(bits) for bits in range(1, 9)},
+    **{f"uniform, words of {bits} bits": lambda bits=bits: uniform(bits, columns=WORDS) for bits in (1, 2, 4, 8)},
+    **{f"uniform, bytes of {bits} bits": lambda bits=bits: uniform(bits, columns=WORDS + 72) for bits in (3, 6)},
+    "uniform, words, no zero": lambda: uniform(4, "none", columns=WORDS),
+    "uniform, words, float zero": lambda: uniform(2, "float", columns=WORDS),
+    "uniform, words, order of activations": lambda: uniform(4, ordered=True, columns=WORDS),
+    "table, words": lambda: table("half", columns=WORDS),
+    "table, bytes of 6 bits": lambda: table("half", 6, columns=WORDS + 72),
     "uniform, no zero": lambda: uniform(3, "none", 5),
     "uniform, float zero": lambda: uniform(2, "float", 1),
     "uniform, in order of activations": lambda: uniform(4, ordered=True),
@@ -135,7 +145,7 @@ def test_product_is_that_of_the_dequantized_matrix(
     module = next(module for kind, module in MODULES.items() if name.startswith(kind))
     launched = seen(module, monkeypatch)
     for count, dtype in ((1, torch.float32), (2, torch.bfloat16), (5, torch.float16)):
-        x = torch.randn(count, COLUMNS).to(dtype)
+        x = torch.randn(count, values.shape[1]).to(dtype)
         found = weight.product(x.to(DEVICE)).cpu()
         assert launched, "the kernel was not taken"
         launched.clear()
@@ -189,10 +199,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from posttrain.compress.kernels.gpu import _table, _ternary, _uniform, _vectors
 
-BLOCKS = {"few": 2, "tall": 16, "wide": 128}
+BLOCKS = {"few": 2, "tall": 4, "wide": 128}
 for kernel, types, constants in (
     (_uniform._product, {"x": "*bf16", "codes": "*u8", "scale": "*fp16", "zero": "*u8", "group_of": "*i16",
                          "out": "*bf16"}, {"bits": 3, "kind": 1, "ordered": True, **BLOCKS}),
+    (_uniform._product_of_units, {"x": "*bf16", "codes": "*i32", "scale": "*fp16", "zero": "*u8", "out": "*bf16"},
+     {"bits": 4, "kind": 1, "size": 4, "each": 8, **BLOCKS}),
+    (_uniform._product_of_units, {"x": "*bf16", "codes": "*u8", "scale": "*fp16", "zero": "*fp16", "out": "*bf16"},
+     {"bits": 3, "kind": 2, "size": 3, "each": 8, **BLOCKS}),
+    (_table._product_of_units, {"x": "*fp16", "codes": "*i32", "table": "*fp32", "scale": "*fp16", "out": "*fp16"},
+     {"bits": 4, "size": 4, "each": 8, **BLOCKS}),
     (_table._product, {"x": "*fp16", "codes": "*u8", "table": "*fp32", "scale": "*fp16", "out": "*fp16"},
      {"bits": 4, **BLOCKS}),
     (_ternary._product, {"x": "*fp32", "trits": "*u8", "scale": "*fp16", "out": "*fp32"}, {"planes": 2, **BLOCKS}),
@@ -214,7 +230,7 @@ def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
     settings.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", COMPILED], env=settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True"] * 4
+    assert done.stdout.split() == ["True"] * 7
 
 
 def test_the_cpus_own_inputs_are_none_of_theirs() -> None:

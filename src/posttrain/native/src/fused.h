@@ -21,6 +21,20 @@
 
 typedef uint16_t bf16;
 
+/* sixteen numbers of 16 bits, and two of them dealt out in turn: the first halves of both, the second halves of both */
+typedef uint16_t lanes __attribute__((vector_size(32)));
+#if defined(__clang__)
+#define FIRST_HALVES(a, b) \
+  __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define SECOND_HALVES(a, b) \
+  __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#else
+#define FIRST_HALVES(a, b) __builtin_shuffle(a, b, (lanes){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23})
+#define SECOND_HALVES(a, b) \
+  __builtin_shuffle(a, b, (lanes){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
+#endif
+#define TRANSPOSE_BAND 64 /* columns that a thread transposes at a time: what it writes stays in its cache */
+
 static inline float bits_to_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);

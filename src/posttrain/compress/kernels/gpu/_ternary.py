@@ -6,7 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from posttrain.compress.kernels.gpu._codes import COLUMNS, ROWS, grid, placed, taken, together
+from posttrain.compress.kernels.gpu._codes import placed, taken, together
+
+ROWS, BYTES = 4, 256  # of a plane, that a program goes through at a time
 
 
 def ternary_product(inputs: Tensor, trits: Tensor, scale: Tensor) -> Tensor:
@@ -14,8 +16,9 @@ def ternary_product(inputs: Tensor, trits: Tensor, scale: Tensor) -> Tensor:
     (planes, rows, groups), columns = scale.shape, inputs.shape[-1]
     x, out = placed(inputs, rows)
     if len(x):
-        _product[grid(rows, len(x))](
-            x, trits, scale, out, len(x), rows, columns, groups, trits.shape[2], planes, together(len(x)), ROWS, COLUMNS
+        few = together(len(x))
+        _product[triton.cdiv(rows, ROWS), triton.cdiv(len(x), few)](
+            x, trits, scale, out, len(x), rows, columns, groups, trits.shape[2], planes, few, ROWS, BYTES
         )
     return taken(out, inputs)
 
@@ -27,24 +30,25 @@ def _product(
 ):  # fmt: skip
     row = tl.program_id(0) * tall + tl.arange(0, tall)
     token = tl.program_id(1) * few + tl.arange(0, few)
-    total = tl.zeros((few, tall), dtype=tl.float32)
-    for begin in range(0, columns, wide):
-        column = begin + tl.arange(0, wide)
-        inside = column < columns
-        there = (row[:, None] < rows) & inside[None, :]
-        digit = column % 5
-        power = tl.where(digit == 0, 1, tl.where(digit == 1, 3, tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81))))
-        group = column // (columns // groups)
-        value = tl.zeros((tall, wide), dtype=tl.float32)
+    total = tl.zeros((few, tall, wide), dtype=tl.float32)
+    each = columns // groups
+    for begin in range(0, width, wide):
+        place = begin + tl.arange(0, wide)
         for plane in tl.static_range(planes):
-            line = plane * rows + row
-            byte = tl.load(trits + line[:, None] * width + (column // 5)[None, :], mask=there, other=0).to(tl.int32)
-            trit = ((byte // power[None, :]) % 3 - 1).to(tl.float32)
-            value += trit * tl.load(scale + line[:, None] * groups + group[None, :], mask=there, other=0.0).to(
-                tl.float32
-            )
-        given = (token[:, None] < count) & inside[None, :]
-        part = tl.load(x + token[:, None] * columns + column[None, :], mask=given, other=0.0).to(tl.float32)
-        total += tl.sum(part[:, None, :] * value[None, :, :], axis=2)
+            line = plane * rows + row[:, None]
+            held = (row[:, None] < rows) & (place < width)[None, :]
+            byte = tl.load(trits + line * width + place[None, :], mask=held, other=0).to(tl.int32)
+            # a group may end within a byte, so that each of its trits has its own scale
+            for k in tl.static_range(5):
+                column = place * 5 + k
+                inside = column < columns
+                there = (row[:, None] < rows) & inside[None, :]
+                step = tl.load(scale + line * groups + (column // each)[None, :], mask=there, other=0.0)
+                value = tl.where(there, (byte % 3 - 1).to(tl.float32) * step.to(tl.float32), 0.0)
+                byte = byte // 3
+                given = (token[:, None] < count) & inside[None, :]
+                part = tl.load(x + token[:, None] * columns + column[None, :], mask=given, other=0.0).to(tl.float32)
+                total += part[:, None, :] * value[None, :, :]
     target = out + token[:, None] * rows + row[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), mask=(token[:, None] < count) & (row[None, :] < rows))
+    stored = (token[:, None] < count) & (row[None, :] < rows)
+    tl.store(target, tl.sum(total, axis=2).to(out.dtype.element_ty), mask=stored)
