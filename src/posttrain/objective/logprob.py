@@ -19,6 +19,7 @@ from posttrain.objective.sink import sink_of
 
 CHUNK_ELEMENTS = 1 << 25  # gradients of logits held at a time: 64 MiB in bf16
 SOFTMAX_ELEMENTS = 1 << 22  # of which this many are in the softmax at a time: 16 MiB in fp32
+ROWWISE_ELEMENTS = 1 << 24  # or this many where it is a function of a row, which has no need of a cache
 # on a GPU all of a chunk at once: its products want many rows, and every launch costs; 256 MiB in fp32
 DEVICE_ELEMENTS = 1 << 26
 Divergence = Literal["forward", "reverse"]
@@ -152,9 +153,9 @@ class _Fused(torch.autograd.Function):
         lse, logp, ent, div = (hidden.new_zeros(len(hidden), dtype=_wide(hidden.dtype)) for _ in range(4))
         ctx.set_materialize_grads(False)  # what nobody differentiates (entropy as a mere metric) costs nothing
         ctx.settings = (head, reference, divergence, rows)
-        inner = _softmax_rows(weight, rows)
         factor = head.factor
         ctx.native = factor is not None and library.there_for(hidden, weight)
+        inner = _softmax_rows(weight, rows, ROWWISE_ELEMENTS if ctx.native and reference is None else SOFTMAX_ELEMENTS)
         if ctx.native and factor is not None:
             for start in range(0, len(hidden), inner):
                 part = slice(start, start + inner)
@@ -193,7 +194,7 @@ class _Fused(torch.autograd.Function):
         d_weight: Tensor | None = None
         sink = sink_of(weight) if wants_weight else None
         d_bias = torch.zeros_like(bias, dtype=_wide(bias.dtype)) if wants_bias and bias is not None else None
-        inner = _softmax_rows(weight, rows)
+        inner = _softmax_rows(weight, rows, SOFTMAX_ELEMENTS)
         buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
         for start in range(0, len(hidden), rows):
             h = hidden[start : start + rows]
@@ -236,10 +237,10 @@ def on_gpu(weight: Tensor) -> bool:
     return weight.is_cuda
 
 
-def _softmax_rows(weight: Tensor, rows: int) -> int:
+def _softmax_rows(weight: Tensor, rows: int, elements: int) -> int:
     if on_gpu(weight):
         return rows
-    return min(rows, max(1, SOFTMAX_ELEMENTS // weight.shape[0]))
+    return min(rows, max(1, elements // weight.shape[0]))
 
 
 def _logit_gradient(ctx: Any, part: slice, g_logp: Tensor | None, g_ent: Tensor | None, g_div: Tensor | None) -> Tensor:
