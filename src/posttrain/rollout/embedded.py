@@ -13,12 +13,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from posttrain.models.attention import LayerState, packed_attention
+from posttrain.models.attention import packed_attention
 from posttrain.models.causal import CausalPolicy, evaluating
-from posttrain.models.packing import pack_prompts
 from posttrain.models.routing import Recorder, record_experts
 from posttrain.rollout.engine import Progress
 from posttrain.rollout.graphed import Decoder, GraphedRun, affordable, suits
+from posttrain.rollout.prefill import read_prompts, row_bytes
 from posttrain.rollout.rows import Ending, Row, append, start_rows, uniforms
 from posttrain.rollout.sampling import draw_next
 from posttrain.rollout.slots import Slots
@@ -114,11 +114,7 @@ class _Run:
 
     def _affordable(self, capacity: int) -> int:
         """How many rows of that many tokens fit in the memory for keys and values."""
-        config = self.policy.base.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        row = 2 * config.num_hidden_layers * heads * width * capacity * self.policy.dtype.itemsize
-        return max(1, CACHE_BYTES // row)
+        return max(1, CACHE_BYTES // row_bytes(self.policy, capacity))
 
     def finish(self, progress: Progress | None, experts: bool = False) -> list[list[Completion]]:
         """Run until nothing waits or runs."""
@@ -153,18 +149,10 @@ class _Run:
 
     def _prefill(self, batch: list[int], by_prompt: dict[int, list[Row]]) -> list[Tensor]:
         """Compute prompts in one packed row; returns the last hidden state for each row started."""
-        layout = pack_prompts([self.prompts[i].tokens for i in batch]).to(self.policy.device)
-        captured: dict[int, LayerState] = {}
-        out = self.policy.body(
-            input_ids=layout.tokens[None],
-            position_ids=layout.positions[None],
-            use_cache=False,
-            packed_layout=layout,
-            captured=captured,
-        ).last_hidden_state[0]
+        segments, captured, out = read_prompts(self.policy, [self.prompts[i].tokens for i in batch])
         sent = None if self.recorder is None else self.recorder.take()
         states = []
-        for segment, i in zip(layout.segments, batch, strict=True):
+        for segment, i in zip(segments, batch, strict=True):
             part = slice(segment.start, segment.start + segment.length)
             self.slots.admit(captured, part, len(by_prompt[i]))
             if sent is not None:

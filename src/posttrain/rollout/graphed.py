@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from posttrain.models.attention import LayerState
 from posttrain.models.causal import CausalPolicy
-from posttrain.models.packing import pack_prompts
 from posttrain.rollout.engine import Progress
+from posttrain.rollout.prefill import read_prompts, row_bytes
 from posttrain.rollout.rows import Ending, Row, append, uniforms
 from posttrain.rollout.sampling import NOT_FINITE, draw_next, draw_plain
 from posttrain.rollout.static_slots import StaticSlots, room_bucket, rows_bucket
@@ -157,14 +156,10 @@ def _addresses(policy: CausalPolicy) -> tuple[int, ...]:
 
 def affordable(policy: CausalPolicy, capacity: int, least: int) -> int:
     """How many rows of so many tokens fit in the memory for keys and values, at least `least` bytes."""
-    config = policy.base.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * width * capacity * policy.dtype.itemsize
     room = least
     if policy.device.type == "cuda":
         room = max(room, torch.cuda.get_device_properties(policy.device).total_memory // SHARE)
-    return max(1, room // row)
+    return max(1, room // row_bytes(policy, capacity))
 
 
 class GraphedRun:
@@ -214,17 +209,9 @@ class GraphedRun:
                 if taken and tokens > prefill:
                     break
             taken.setdefault(number, []).append((free.pop(0), self.waiting.pop()))
-        layout = pack_prompts([self.prompts[i].tokens for i in taken]).to(self.policy.device)
-        captured: dict[int, LayerState] = {}
-        out = self.policy.body(
-            input_ids=layout.tokens[None],
-            position_ids=layout.positions[None],
-            use_cache=False,
-            packed_layout=layout,
-            captured=captured,
-        ).last_hidden_state[0]
+        segments, captured, out = read_prompts(self.policy, [self.prompts[i].tokens for i in taken])
         states = []
-        for segment, members in zip(layout.segments, taken.values(), strict=True):
+        for segment, members in zip(segments, taken.values(), strict=True):
             part = slice(segment.start, segment.start + segment.length)
             slots = torch.tensor([slot for slot, _ in members], device=self.policy.device)
             self.decoder.slots.admit(captured, part, slots)
