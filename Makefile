@@ -45,8 +45,9 @@ format: $(VENV)/.lint  ## let ruff lay the code out
 	$(BIN)/ruff format src tests benchmarks
 	$(BIN)/ruff check --fix src tests benchmarks
 
-bench: $(VENV)/.test  ## speed and memory beside TRL, in turn in one run (about an hour on two cores)
+bench: $(VENV)/.test  ## speed and memory beside TRL and other engines, in turn in one run (about an hour on two cores)
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.generation
 
 studies: $(VENV)/.base  ## every paper's claim as an experiment, into docs/studies/ (hours; runs what is missing)
 	$(BIN)/posttrain study --all

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.roofline import Size, forward_work
+from benchmarks.run import hardware, rounded
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "generation.json"
 Side = Literal["ours", "transformers", "vllm", "machine"]
 
 
@@ -259,11 +261,11 @@ def show(found: dict[str, Any], left_out: Sequence[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description="Generation beside peers.")
     parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS))
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="the first load, once: does it run?")
     parser.add_argument("--model", default="smollm2-135m", help="a bundled model or a folder (default smollm2-135m)")
     parser.add_argument("--vllm-python", default=str(ROOT / ".venv-vllm" / "bin" / "python"), metavar="PATH")
-    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--json", type=Path, default=RESULT, help="where the figures go")
     parser.add_argument("--worker", choices=("ours", "transformers", "vllm", "machine"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -285,8 +287,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     show(found, [] if has_vllm else ["vllm"])
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    about = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "repetitions": given.repetitions}
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(json.dumps(rounded(about | found), indent=1) + "\n", encoding="utf-8")
     return 0
 
 

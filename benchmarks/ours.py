@@ -15,6 +15,7 @@ from benchmarks.workload import Case
 from posttrain import methods
 from posttrain.data.dataset import load_dataset
 from posttrain.data.sampler import Shuffled
+from posttrain.models.adapters import add_lora
 from posttrain.models.causal import CausalPolicy
 from posttrain.models.load import load
 from posttrain.reward.reward import Reward
@@ -54,7 +55,7 @@ class Stopwatch(Tracker):
 
 def run(case: Case, steps: int, model: str) -> tuple[list[Step], float, dict[str, object]]:
     """Train `steps` steps; returns them, the loss of the first, and what to know about the model."""
-    policy = load(model)
+    policy = add_lora(load(model), rank=case.lora) if case.lora else load(model)
     method = _method(case).with_settings(
         batch=case.batch, steps=steps, learning_rate=case.learning_rate, schedule="constant", warmup=0.0
     )
@@ -67,7 +68,7 @@ def run(case: Case, steps: int, model: str) -> tuple[list[Step], float, dict[str
 def _method(case: Case) -> Method:
     if case.online:
         return methods.grpo().with_settings(group=case.group, max_tokens=case.max_tokens)
-    return methods.sft() if case.name == "sft" else methods.dpo()
+    return methods.sft() if case.method == "sft" else methods.dpo()
 
 
 def _source(case: Case, method: Method, policy: CausalPolicy, steps: int) -> Source:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, TaskType
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -77,7 +78,16 @@ def run(case: Case, steps: int, folder: Path, arm: Arm, scratch: Path) -> tuple[
     rows = Dataset.from_list(workload.rows_of(case, steps))
     watch = Stopwatch()
     options = _options(case, steps, arm, scratch)
-    wiring = {"model": model, "train_dataset": rows, "processing_class": tokenizer, "callbacks": [watch]}
+    wiring: dict[str, Any] = {"model": model, "train_dataset": rows, "processing_class": tokenizer}
+    wiring["callbacks"] = [watch]
+    if case.lora:
+        shape: dict[str, Any] = {
+            "r": case.lora,
+            "lora_alpha": 2 * case.lora,
+            "lora_dropout": 0.0,
+            "target_modules": "all-linear",
+        }
+        wiring["peft_config"] = LoraConfig(task_type=TaskType.CAUSAL_LM, **shape)
     trainer: Any
     if case.online:
         rewards = Rewards(_prompt_counter(tokenizer), case.group)
@@ -86,11 +96,11 @@ def run(case: Case, steps: int, folder: Path, arm: Arm, scratch: Path) -> tuple[
         trainer.train()
         noted, earned = rewards.groups, rewards.rewards
     else:
-        if case.name == "sft":
+        if case.method == "sft":
             trainer = SFTTrainer(args=SFTConfig(**options, max_length=None), **wiring)
         else:
             trainer = DPOTrainer(args=DPOConfig(**options, max_length=None), **wiring)
-        noting = Collator(trainer.data_collator, _demonstrations if case.name == "sft" else _pairs)
+        noting = Collator(trainer.data_collator, _demonstrations if case.method == "sft" else _pairs)
         trainer.data_collator = noting
         trainer.train()
         pieces = noting.groups

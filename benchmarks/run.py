@@ -25,6 +25,7 @@ from benchmarks.workload import CASES, MAIN, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = (Arm("fp32"), Arm("bf16"))
+CLEARLY = 1.15  # times the fastest arm's seconds, from which on another takes no more turns
 LOSS_TOLERANCE = 0.05  # of the first loss; TRL's SFT loss also counts the line break after a row's end token
 
 
@@ -34,7 +35,9 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """repetitions: of ours and TRL in turn; warmup, steps: of each measurement; screen: try every arm of TRL first."""
+    """repetitions: of ours and TRL in turn, of the main cases; warmup, steps: of each measurement; screen: try every
+    arm of TRL first, not its two precisions alone.
+    """
 
     model: str
     repetitions: int
@@ -64,15 +67,26 @@ def measure_case(case: Case, plan: Plan, throughputs: list[dict[str, float]]) ->
             screened[arm] = measure(Task("trl", plan.model, case.name, warmup=1, steps=1, arm=arm))
         chosen = contenders(case, screened)
     result = CaseResult(case, [], {arm: [] for arm in chosen}, screened)
-    for _ in range(plan.repetitions):
+    for _ in range(plan.repetitions if case.name in MAIN else 1):
         throughputs.append(work(Task("matrix", plan.model)))
         ours = measure(Task("ours", plan.model, case.name, plan.warmup, plan.steps))
         result.ours.append(ours)
-        for arm in chosen:
+        for arm in list(result.repeated):
             theirs = measure(Task("trl", plan.model, case.name, plan.warmup, plan.steps, arm))
             check_same_work(case, ours, theirs)
             result.repeated[arm].append(theirs)
+        if not plan.screen:
+            drop_slow(result)
     return result
+
+
+def drop_slow(result: CaseResult) -> None:
+    """Take no more turns with arms that are clearly slower than the fastest; what they took stays as a trial."""
+    best = result.repeated[fastest(result.repeated)][-1].mean_seconds
+    for arm, found in list(result.repeated.items()):
+        if found[-1].mean_seconds > CLEARLY * best:
+            result.screened[arm] = found[0]
+            del result.repeated[arm]
 
 
 def contenders(case: Case, screened: dict[Arm, Measurement]) -> list[Arm]:
@@ -191,12 +205,14 @@ def rounded(value: Any) -> Any:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Speed and memory beside TRL.")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(MAIN))
-    parser.add_argument("--repetitions", type=int, default=3, help="of ours and TRL in turn (default 3)")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument(
+        "--repetitions", type=int, default=3, help=f"of ours and TRL in turn, of {', '.join(MAIN)} (default 3)"
+    )
     parser.add_argument("--warmup", type=int, default=1, help="steps before the clock starts, at least 1 (default 1)")
     parser.add_argument("--steps", type=int, default=2, help="timed steps a measurement (default 2)")
-    parser.add_argument("--no-screen", dest="screen", action="store_false", help="do not try every arm of TRL first")
-    parser.add_argument("--quick", action="store_true", help="one repetition of one step, no screening: does it run?")
+    parser.add_argument("--screen", action="store_true", help="try every arm of TRL first")
+    parser.add_argument("--quick", action="store_true", help="one repetition of one step: does it run?")
     parser.add_argument("--model", default="smollm2-135m", help="a bundled model or a folder (default smollm2-135m)")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "cpu.json", metavar="PATH")
     options = parser.parse_args(arguments)

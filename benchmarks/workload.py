@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Row = dict[str, Any]
 
@@ -19,18 +19,21 @@ Row = dict[str, Any]
 class Case:
     """One measurement: what a step is, and what is wanted of it.
 
-    batch: rows (sft), pairs (dpo) or prompts (grpo) a step; group: completions a prompt; max_tokens: of a completion.
-    target: the ratio of rates, ours over TRL's, that is wanted. passes: forward passes a step is worth (a backward
-    pass counts two): training 3, a reference 1, sampling 1.
+    batch: rows (sft), pairs (dpo) or prompts (grpo) a step; group: completions a prompt; max_tokens: of a completion;
+    lora: rank of adapters on all linear layers, 0 to train all weights.
+    target: the ratio of rates, ours over TRL's, that is wanted, if one is. passes: forward passes a step is worth (a
+    backward pass counts two, one where the weights stay): training 3, a reference 1, sampling 1.
     """
 
     name: str
+    method: Literal["sft", "dpo", "grpo"]
     batch: int
-    target: float
+    target: float | None
     passes: int
     learning_rate: float
     group: int = 1
     max_tokens: int = 0
+    lora: int = 0
 
     @property
     def online(self) -> bool:
@@ -39,26 +42,28 @@ class Case:
     @property
     def sequences(self) -> int:
         """Sequences a step."""
-        return self.batch * (2 if self.name == "dpo" else self.group)
+        return self.batch * (2 if self.method == "dpo" else self.group)
 
 
 CASES = {
     case.name: case
     for case in (
-        Case("sft", batch=8, target=3, passes=3, learning_rate=1e-5),
-        Case("dpo", batch=4, target=3, passes=4, learning_rate=1e-6),
-        Case("grpo", batch=8, target=4, passes=4, learning_rate=1e-6, group=8, max_tokens=24),
-        Case("long-prompt", batch=1, target=4, passes=4, learning_rate=1e-6, group=16, max_tokens=32),
+        Case("sft", "sft", batch=8, target=3, passes=3, learning_rate=1e-5),
+        Case("dpo", "dpo", batch=4, target=3, passes=4, learning_rate=1e-6),
+        Case("grpo", "grpo", batch=8, target=4, passes=4, learning_rate=1e-6, group=8, max_tokens=24),
+        Case("sft-lora", "sft", batch=8, target=None, passes=2, learning_rate=1e-4, lora=16),
+        Case("long-prompt", "grpo", batch=1, target=4, passes=4, learning_rate=1e-6, group=16, max_tokens=32),
+        Case("long-completions", "grpo", batch=4, target=None, passes=4, learning_rate=1e-6, group=4, max_tokens=128),
     )
 }
-MAIN = ("sft", "dpo", "grpo")  # what a run measures unless it is told otherwise
+MAIN = ("sft", "dpo", "grpo")  # measured in as many turns as asked for; the others, which cost more time, in one
 
 
 def rows_of(case: Case, steps: int, seed: int = 0) -> list[Row]:
     """The rows of `steps` steps, in the order both sides take them: conversations, as both sides read them."""
     draw = random.Random(seed)
-    make = {"sft": _demonstration, "dpo": _preference, "grpo": _sum, "long-prompt": _far_sum}[case.name]
-    return [make(draw) for _ in range(steps * case.batch)]
+    make = {"sft": _demonstration, "dpo": _preference, "grpo": _far_sum if case.name == "long-prompt" else _sum}
+    return [make[case.method](draw) for _ in range(steps * case.batch)]
 
 
 def reward(completion: str, answer: int) -> float:

@@ -39,7 +39,7 @@ class StepContext:
     teacher: CausalPolicy | None = None
     environment: Environment | None = None
     progress: Progress | None = None
-    token_budget: int = 1024
+    token_budget: int = 2048
     weights: Mapping[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     sampled: int = 0  # completions drawn in this step so far

@@ -57,7 +57,7 @@ class Settings:
     minibatches: int = 1
     staleness: int = field(default=0, metadata=LATER)
     rollout_rows: int = 64
-    token_budget: int = 1024
+    token_budget: int = 2048
     checkpointing: bool = field(default=False, metadata=LATER)
     evaluate_every: int = 0
     evaluate_limit: int = 64
