@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.measurement import Arm, Measurement, Task
 from benchmarks.summary import CaseResult, fastest, record
-from benchmarks.workload import CASES, MAIN, Case
+from benchmarks.workload import CASES, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = (Arm("fp32"), Arm("bf16"))
@@ -35,12 +35,12 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """repetitions: of ours and TRL in turn, of the main cases; warmup, steps: of each measurement; screen: try every
-    arm of TRL first, not its two precisions alone.
+    """repetitions: of ours and TRL in turn, if not as many as the case has turns; warmup, steps: of each measurement;
+    screen: try every arm of TRL first, not its two precisions alone.
     """
 
     model: str
-    repetitions: int
+    repetitions: int | None
     warmup: int
     steps: int
     screen: bool
@@ -67,7 +67,7 @@ def measure_case(case: Case, plan: Plan, throughputs: list[dict[str, float]]) ->
             screened[arm] = measure(Task("trl", plan.model, case.name, warmup=1, steps=1, arm=arm))
         chosen = contenders(case, screened)
     result = CaseResult(case, [], {arm: [] for arm in chosen}, screened)
-    for _ in range(plan.repetitions if case.name in MAIN else 1):
+    for _ in range(plan.repetitions or case.turns):
         throughputs.append(work(Task("matrix", plan.model)))
         ours = measure(Task("ours", plan.model, case.name, plan.warmup, plan.steps))
         result.ours.append(ours)
@@ -161,7 +161,7 @@ def document(plan: Plan, load: float, results: Sequence[CaseResult], throughput:
         "hardware": hardware(),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "model": Path(plan.model).name,
-        "settings": {"repetitions": plan.repetitions, "warmup": plan.warmup, "steps": plan.steps, "load_before": load},
+        "settings": {"warmup": plan.warmup, "steps": plan.steps, "load_before": load},
         "matrix_throughput": throughput,
         "cases": {r.case.name: record(r, max(throughput.values())) for r in results},
     }
@@ -206,9 +206,7 @@ def rounded(value: Any) -> Any:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Speed and memory beside TRL.")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument(
-        "--repetitions", type=int, default=3, help=f"of ours and TRL in turn, of {', '.join(MAIN)} (default 3)"
-    )
+    parser.add_argument("--repetitions", type=int, help="of ours and TRL in turn (default 1 to 3, by the case)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before the clock starts, at least 1 (default 1)")
     parser.add_argument("--steps", type=int, default=2, help="timed steps a measurement (default 2)")
     parser.add_argument("--screen", action="store_true", help="try every arm of TRL first")
@@ -219,8 +217,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.quick:
         options.repetitions, options.steps, options.screen = 1, 1, False
     for name in ("repetitions", "warmup", "steps"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}; expected at least 1")
+        if (given := getattr(options, name)) is not None and given < 1:
+            parser.error(f"--{name} is {given}; expected at least 1")
     return options
 
 

@@ -20,7 +20,7 @@ class Case:
     """One measurement: what a step is, and what is wanted of it.
 
     batch: rows (sft), pairs (dpo) or prompts (grpo) a step; group: completions a prompt; max_tokens: of a completion;
-    lora: rank of adapters on all linear layers, 0 to train all weights.
+    lora: rank of adapters on all linear layers, 0 to train all weights; turns: how often ours and TRL take turns.
     target: the ratio of rates, ours over TRL's, that is wanted, if one is. passes: forward passes a step is worth (a
     backward pass counts two, one where the weights stay): training 3, a reference 1, sampling 1.
     """
@@ -34,6 +34,7 @@ class Case:
     group: int = 1
     max_tokens: int = 0
     lora: int = 0
+    turns: int = 1
 
     @property
     def online(self) -> bool:
@@ -48,15 +49,14 @@ class Case:
 CASES = {
     case.name: case
     for case in (
-        Case("sft", "sft", batch=8, target=3, passes=3, learning_rate=1e-5),
-        Case("dpo", "dpo", batch=4, target=3, passes=4, learning_rate=1e-6),
-        Case("grpo", "grpo", batch=8, target=4, passes=4, learning_rate=1e-6, group=8, max_tokens=24),
+        Case("sft", "sft", batch=8, target=3, passes=3, learning_rate=1e-5, turns=3),
+        Case("dpo", "dpo", batch=4, target=3, passes=4, learning_rate=1e-6, turns=3),
+        Case("grpo", "grpo", batch=8, target=4, passes=4, learning_rate=1e-6, group=8, max_tokens=24, turns=2),
         Case("sft-lora", "sft", batch=8, target=None, passes=2, learning_rate=1e-4, lora=16),
         Case("long-prompt", "grpo", batch=1, target=4, passes=4, learning_rate=1e-6, group=16, max_tokens=32),
         Case("long-completions", "grpo", batch=4, target=None, passes=4, learning_rate=1e-6, group=4, max_tokens=128),
     )
 }
-MAIN = ("sft", "dpo", "grpo")  # measured in as many turns as asked for; the others, which cost more time, in one
 
 
 def rows_of(case: Case, steps: int, seed: int = 0) -> list[Row]:
