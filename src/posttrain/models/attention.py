@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from posttrain.models import device_attention
+from posttrain.models.grouped_attention import GroupedAttention
 from posttrain.models.layers import Forward, replaced, replacements
+from posttrain.models.packed_attention import attend_packed
 from posttrain.models.packing import Bucket, Layout
 from posttrain.models.rotary import Rotations, rotating, rotations
-from posttrain.native import library, softmax
+from posttrain.native import library
 
 NAME = "posttrain"
 LONG = 1024  # from this many keys on, the tiled kernel of torch beats products of small matrices
@@ -115,7 +117,9 @@ def attention_forward(
             raise NotImplementedError(f"layer {layer} attends more than once")
         captured[layer] = LayerState(key[0], value[0], window, choice)
         choice = None  # a prompt is read whole
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, heads, width]
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))  # [N, heads, width]
+    if softcap is None and choice is None and _takes_rows(q, k, v, packed_layout):
+        return attend_packed(q, k, v, packed_layout, window, scale)[None], None
     pieces = [_attend_bucket(b, q, k, v, window, scale, softcap, choice) for b in packed_layout.buckets]
     if any(p.requires_grad for p in pieces):
         order = torch.cat([b.packed for b in packed_layout.buckets])
@@ -126,6 +130,15 @@ def attention_forward(
     for bucket, piece in zip(packed_layout.buckets, pieces, strict=True):
         out[bucket.packed] = piece
     return out[None], None
+
+
+def _takes_rows(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> bool:
+    """Whether the functions in C compute a whole layer: on the CPU, where no row is so long that it wants tiles."""
+    return (
+        library.there_for(q, k, v)
+        and not device_attention.suits(q)
+        and all(bucket.key.shape[1] < LONG for bucket in layout.buckets)
+    )
 
 
 def _attend_bucket(
@@ -160,61 +173,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap:
         return weights @ v.repeat_interleave(groups, 1)
     if q.device.type != "cpu" or k.shape[2] >= LONG:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return _GroupedAttention.apply(q, k, v, mask, scale)
-
-
-class _GroupedAttention(torch.autograd.Function):
-    """Products of small matrices with the heads of a group stacked as rows: on CPUs several times faster than the tiled
-    kernel for short sequences. Weights are recomputed in the backward pass rather than kept.
-    """
-
-    @staticmethod
-    def scores(q: Tensor, k: Tensor) -> Tensor:
-        """Products of queries and keys, `[batch, heads, queries, keys]`."""
-        batch, heads, rows, width = q.shape
-        return (q.reshape(batch, k.shape[1], -1, width) @ k.transpose(-1, -2)).view(batch, heads, rows, -1)
-
-    @staticmethod
-    def weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-        """Attention weights in fp32, by PyTorch alone."""
-        scores = _GroupedAttention.scores(q, k).float()
-        # one pass in place scales and masks; filling by mask, or adding tensors of two dtypes, is several times slower
-        bias = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, float("-inf"))
-        torch.add(bias, scores, alpha=scale, out=scores)
-        return torch.softmax(scores, -1)
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-        native = library.there_for(q, k, v) and mask.shape[1] == 1
-        if native:
-            weights = softmax.attention_weights(_GroupedAttention.scores(q, k), mask, scale)
-        else:
-            weights = _GroupedAttention.weights(q, k, mask, scale)
-        stacked = weights.to(v.dtype).view(len(q), k.shape[1], -1, k.shape[2])
-        out = (stacked @ v).view(*q.shape[:3], v.shape[-1])
-        ctx.save_for_backward(q, k, v, mask, out)
-        ctx.scale, ctx.native = scale, native
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, k, v, mask, out = ctx.saved_tensors
-        batch, kv = k.shape[:2]
-        stacked = grad.reshape(batch, kv, -1, v.shape[-1])
-        back = stacked @ v.transpose(-1, -2)
-        if ctx.native:
-            weights, low = _GroupedAttention.scores(q, k), back
-            softmax.attention_gradients(weights, mask, low.view(weights.shape), out, stacked.view(out.shape), ctx.scale)
-            weights = weights.view(back.shape)
-        else:
-            dot = (grad.float() * out.float()).sum(-1)
-            weights = _GroupedAttention.weights(q, k, mask, ctx.scale).view(back.shape)
-            low = back.float().sub_(dot.view(batch, kv, -1, 1)).mul_(weights).mul_(ctx.scale).to(q.dtype)
-            weights = weights.to(v.dtype)
-        d_v = weights.transpose(-1, -2) @ stacked
-        d_q = (low @ k).view(q.shape)
-        d_k = low.transpose(-1, -2) @ q.reshape(batch, kv, -1, q.shape[-1])
-        return d_q, d_k, d_v, None, None
+    found: Tensor = GroupedAttention.apply(q, k, v, mask, scale)
+    return found
 
 
 @contextmanager

@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from posttrain.objective.batch import Batch
 
 BUCKET_RATIO = 0.7  # a segment joins a bucket if its keys are at least this share of the longest there
 SCORES_PER_BUCKET = 1 << 20  # query x key pairs of one head held at a time
+BLOCK = 128  # queries of a block at least, where a bucket is cut into several
+EVEN = 32  # keys, from BLOCK of them on, are padded to a multiple of it: some products are a third slower otherwise
 
 
 @dataclass(slots=True)
@@ -28,6 +32,16 @@ class Segment:
     offset: int = 0  # position of its first token
 
 
+class Block(NamedTuple):
+    """Some queries of each row of a bucket, with the keys that any of them sees: query `[B, q]` and key `[B, k]` int64
+    packed indices, -1 where padded; mask `[B, 1, q, k]` bool, for padded queries true somewhere, for padded keys false.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor
+
+
 @dataclass(slots=True)
 class Bucket:
     """Segments of similar length as one rectangle.
@@ -35,8 +49,7 @@ class Bucket:
     query: `[B, Q]` int64 packed index of each query, 0 where padded; position: `[B, Q]` its position likewise.
     key: `[B, K]` int64 packed index of the key at each position of a sequence, 0 where padded.
     mask: `[B, 1, Q, K]` bool, True where a query may look; query_rows: flat indices into `[B * Q]` that are real, in
-    the order of `packed`, their packed indices. whole: no segment continues another, so that a query sees all of its
-    row up to itself.
+    the order of `packed`, their packed indices. before: the most keys that a row has before its first query's own.
     """
 
     query: Tensor
@@ -45,8 +58,14 @@ class Bucket:
     mask: Tensor
     query_rows: Tensor
     packed: Tensor
-    whole: bool = False
+    before: int
     windowed: dict[int, Tensor] = field(default_factory=dict)
+    cut: dict[int | None, list[Block]] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """No segment continues another, so that a query sees all of its row up to itself."""
+        return self.before == 0
 
     def within(self, window: int | None) -> Tensor:
         """The mask of a layer that looks back over `window` tokens, the query's own included; made once a window."""
@@ -58,6 +77,27 @@ class Bucket:
             self.windowed[window] = self.mask & (distance < window)[:, None]
         return self.windowed[window]
 
+    def blocks(self, window: int | None) -> list[Block]:
+        """All queries with their keys for a layer with that window, made once a window.
+
+        The first queries see the first keys alone: in blocks they spare the products of others, which masks would
+        hide. Shapes and `before` decide where a block begins, no tensor's numbers, so that those of `meta` do.
+        """
+        mask = self.within(window)
+        width = None if mask is self.mask else window
+        if width not in self.cut:
+            query = torch.full_like(self.query, -1)
+            query.view(-1)[self.query_rows] = self.packed
+            place = torch.arange(self.key.shape[1], device=self.key.device)
+            key = self.key.masked_fill(place > self.position.amax(1, keepdim=True), -1)
+            queries = self.query.shape[1]
+            step = -(-queries // (max(1, queries // BLOCK) * EVEN)) * EVEN
+            self.cut[width] = [
+                _block(query[:, first : first + step], key, mask[:, :, first : first + step], self.before + first)
+                for first in range(0, queries, step)
+            ]
+        return self.cut[width]
+
     def to(self, device: torch.device) -> Bucket:
         return Bucket(
             self.query.to(device),
@@ -66,8 +106,19 @@ class Bucket:
             self.mask.to(device),
             self.query_rows.to(device),
             self.packed.to(device),
-            self.whole,
+            self.before,
         )
+
+
+def _block(query: Tensor, key: Tensor, mask: Tensor, before: int) -> Block:
+    """Those queries with the keys that they see, given how many the first of them has before its own at most."""
+    keys = min(before + query.shape[1], key.shape[1])
+    more = -keys % EVEN if keys >= BLOCK else 0
+    return Block(
+        query.contiguous(),
+        F.pad(key[:, :keys], (0, more), value=-1).contiguous(),
+        F.pad(mask[..., :keys], (0, more), value=False).contiguous(),
+    )
 
 
 @dataclass(slots=True)
@@ -210,5 +261,5 @@ class _Builder:
         # a padded query stands at position 0 and looks there, so that its softmax is finite
         mask = position[:, :, None] >= torch.arange(keys)
         rows = real_query.flatten().nonzero()[:, 0]
-        whole = all(s.prefix < 0 for s in segments)
-        return Bucket(query, position, key, mask[:, None], rows, query.flatten()[rows], whole)
+        before = max(s.offset for s in segments)
+        return Bucket(query, position, key, mask[:, None], rows, query.flatten()[rows], before)

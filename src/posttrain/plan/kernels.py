@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.models import attention, layers
+from posttrain.models.grouped_attention import GroupedAttention
+from posttrain.native import gather, library, products, softmax
 from posttrain.native import layers as rowwise
-from posttrain.native import library, products, softmax
 from posttrain.objective import logprob
 from posttrain.plan.ledger import Ledger
 from posttrain.training import optim
@@ -37,7 +38,7 @@ def kernels(device: str, ledger: Ledger) -> Iterator[None]:
         if device == "cpu":
             _put(stack, library, "there_for", partial(_there_for, library.there_for))
             _put(stack, layers, "_agree", partial(_agree, layers._agree))
-            for module in (rowwise, softmax, products):
+            for module in (rowwise, softmax, products, gather):
                 _put(stack, module, "call", partial(_call, module.call))
         else:
             _put(stack, optim, "open_sink", lambda *_: None)  # as there is none on a GPU
@@ -56,7 +57,7 @@ def _attend(
     if q.device.type != "meta" or softcap is not None:
         return plain(q, k, v, mask, scale, softcap)
     if device == "cpu" and k.shape[2] < attention.LONG:
-        found: Tensor = attention._GroupedAttention.apply(q, k, v, mask, scale)
+        found: Tensor = GroupedAttention.apply(q, k, v, mask, scale)
     else:
         found = _Tiled.apply(q, k, v, mask, ledger)
     return found
