@@ -193,6 +193,36 @@ def test_an_arm_must_return_what_it_measured(one_arm) -> None:
     assert carry_out(one_arm(nothing, seeds=1)) == ["the arm returned NoneType; expected Measured"]
 
 
+def haste(seed: int, quick: bool) -> Measured:
+    from posttrain.lab.haste import is_hasty
+
+    return Measured({"sum": float(is_hasty())})
+
+
+def test_only_quick_jobs_are_given_hasty_models(one_arm) -> None:
+    from posttrain import lab
+
+    found = {}
+    for quick in (True, False):
+        each = one_arm(haste, seeds=1, quick=quick)
+        with lab.hasty(not quick):  # whatever is asked for around it
+            assert carry_out(each) == [None]
+        records = each.records()
+        assert records is not None
+        found[quick] = records["only"][0].measured.figures["sum"]
+    assert found == {True: 1.0, False: 0.0}
+
+
+def test_what_quick_jobs_make_of_models_takes_few_steps() -> None:
+    from posttrain import lab, methods
+    from posttrain.lab.haste import STEPS
+    from posttrain.studies.arms import in_lab
+
+    with lab.hasty():
+        assert in_lab(methods.sft(), steps=400).settings.steps == STEPS
+    assert in_lab(methods.sft(), steps=400).settings.steps == 400
+
+
 def test_seeds_below_one_are_refused() -> None:
     with pytest.raises(PosttrainError, match="seeds is 0; expected at least 1"):
         plan("toy-climb", seeds=0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.lab import worlds
+from posttrain.lab.haste import hasty
 from posttrain.lab.measuring import Headroom, measure
 from posttrain.lab.models import ModelSpec, Share, World, build, folder_of, headroom
 from posttrain.lab.presets import PRESETS
@@ -27,6 +28,7 @@ __all__ = [
     "Share",
     "World",
     "build",
+    "hasty",
     "headroom",
     "measure",
     "model",

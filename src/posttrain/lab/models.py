@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from posttrain.data.sampler import Shuffled
+from posttrain.lab import haste, worlds
 from posttrain.lab import tokenizer as tokens_of
-from posttrain.lab import worlds
 from posttrain.lab.cache import kept
 from posttrain.lab.measuring import Headroom, measure
 from posttrain.lab.tokenizer import character_tokenizer
@@ -125,15 +125,32 @@ def build(spec: ModelSpec, seed: int | None = None) -> CausalPolicy:
 
 
 def folder_of(spec: ModelSpec) -> Path:
-    """The `transformers` folder of a specification in the cache; made on first use, by one process at a time."""
+    """The `transformers` folder of a specification in the cache; made on first use, by one process at a time.
+
+    Where haste is asked for it may hold a model of the same shape and corpus that has hardly been trained.
+    """
 
     def make(scratch: Path) -> Path:
-        policy, found = spec.made()
+        policy, found = (hastened(spec) if haste.is_hasty() else spec).made()
         made = policy.save(scratch / "model")
         (made / HEADROOM).write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
         return made
 
     return kept(f"{spec.name}-{spec.seed}-{spec.key}", HEADROOM, make)
+
+
+def hastened(spec: ModelSpec) -> ModelSpec:
+    """The specification with a few steps of pre-training on as many rows as they take, measured on few problems."""
+    steps = min(spec.steps, haste.STEPS)
+    task = _FewHeldOut(spec.task.name, spec.task.arguments)
+    return dataclasses.replace(spec, task=task, rows=min(spec.rows, steps * spec.batch), steps=steps, until=None)
+
+
+class _FewHeldOut(World):
+    """A world with few held-out problems, however many are asked for."""
+
+    def task(self, **options: Any) -> WorldTask:
+        return super().task(**{**options, "heldout": min(options.get("heldout", haste.PROBLEMS), haste.PROBLEMS)})
 
 
 def headroom(spec: ModelSpec) -> Headroom:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.lab import haste
 from posttrain.lab import images as world
 from posttrain.lab.cache import kept
 
@@ -51,7 +52,8 @@ PATTERNS = VisionSpec()
 def vision_model(spec: VisionSpec = PATTERNS, seed: int | None = None) -> Any:
     """A `ViTForImageClassification` in fp32 on the CPU: from the cache, or trained now (about a minute).
 
-    seed: in the place of the specification's: of the initial weights and of the images.
+    seed: in the place of the specification's: of the initial weights and of the images. Where haste is asked for the
+    model may have hardly been trained.
     """
     from transformers import ViTForImageClassification
 
@@ -59,7 +61,8 @@ def vision_model(spec: VisionSpec = PATTERNS, seed: int | None = None) -> Any:
         spec = dataclasses.replace(spec, seed=seed)
 
     def make(scratch: Path) -> Path:
-        model, folder = trained(spec), scratch / "model"
+        steps = min(spec.steps, haste.STEPS) if haste.is_hasty() else spec.steps
+        model, folder = trained(dataclasses.replace(spec, steps=steps)), scratch / "model"
         model.save_pretrained(folder)
         (folder / ACCURACY).write_text(json.dumps({"accuracy": accuracy(model, MEASURED)}) + "\n")
         return folder

@@ -7,6 +7,7 @@ from typing import Any
 
 from posttrain.evaluation.evaluate import evaluate
 from posttrain.evaluation.task import Task
+from posttrain.lab.haste import STEPS, is_hasty
 from posttrain.models.causal import CausalPolicy
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.studies.study import Arm, Measured
@@ -126,9 +127,13 @@ def pass_at(correct: Any, k: int) -> float:
 def in_lab(method: Method | Pipeline, **settings: Any) -> Method | Pipeline:
     """The method with the settings of the lab's small models: 100 steps of 16 prompts, 8 completions each, at a
     constant rate of 3e-4 (1e-3 destroys them). Studies change what they must; a baseline with the same settings is the
-    same arm, and run once.
+    same arm, and run once. Where haste is asked for, which is only inside a quick job, that makes a model of its own
+    before it trains it, the steps are few.
     """
-    stages = [stage.with_settings(**{**LAB, **settings}) for stage in stages_of(method)]
+    settings = {**LAB, **settings}
+    if is_hasty():
+        settings["steps"] = min(settings["steps"], STEPS)
+    stages = [stage.with_settings(**settings) for stage in stages_of(method)]
     return Pipeline(tuple(stages)) if isinstance(method, Pipeline) else stages[0]
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from posttrain.lab.haste import hasty
 from posttrain.models.load import cache_folder
 from posttrain.studies import registry
 from posttrain.studies.study import Measured, Study, job_key
@@ -163,7 +164,8 @@ def _measure(job: Job) -> Measured:
     np.random.seed(job.seed)  # noqa: NPY002
     torch.manual_seed(job.seed)
     begun = time.perf_counter()
-    measured = arm.run(job.seed, job.quick, **arm.arguments)
+    with hasty(job.quick):  # a quick job need not wait for good models, and no other is ever given a hasty one
+        measured = arm.run(job.seed, job.quick, **arm.arguments)
     if not isinstance(measured, Measured):
         raise PosttrainError(f"the arm returned {type(measured).__name__}; expected Measured")
     if not measured.seconds:
