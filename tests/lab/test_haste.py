@@ -38,7 +38,7 @@ def test_a_hasty_model_has_a_name_of_its_own(home: Path) -> None:
         assert (headroom(TINY).steps, headroom(TINY).prompts) == (2, haste.PROBLEMS)
         assert build(TINY).name == "lab:tiny"
         assert folder_of(TINY) == made
-    assert made.name == f"tiny-0-{TINY.key}-hasty"
+    assert made.name == f"tiny-0-{models.hastened(TINY).key}-hasty"
     assert folders(home) == {made.name}
 
 

@@ -110,6 +110,7 @@ def test_code_that_an_arm_uses_changes_its_key(edited: Any, old: str, new: str) 
         ("    return x\n", "    return x + 1\n"),  # `elsewhere`, which nothing calls
         ("UNUSED = 1.0", "UNUSED = 2.0"),
         ("def run(seed, quick, **arguments):", "def run(seed, quick, **arguments):  # here"),
+        ("def double(x):", "from posttrain.lab.haste import in_haste\n\n\n@in_haste(len)\ndef double(x):"),
     ],
 )
 def test_other_edits_do_not(edited: Any, old: str, new: str) -> None:

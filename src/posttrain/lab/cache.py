@@ -7,22 +7,26 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from posttrain.lab.haste import SUFFIX, is_hasty
+from posttrain.lab.haste import SUFFIX, in_haste
 from posttrain.models.load import cache_folder, writable
 
 
+def _beside(kept: Callable[..., Path], name: str, last: str, make: Callable[[Path], Path]) -> Path:
+    """In haste: the real folder if it is there, else one that nobody else is given."""
+    there = (cache_folder() / "lab" / name / last).is_file()
+    return kept(name if there else name + SUFFIX, last, make)
+
+
+@in_haste(_beside)
 def kept(name: str, last: str, make: Callable[[Path], Path]) -> Path:
     """The folder of that name in the lab's cache; made on first use, by one process at a time.
 
     make: writes a folder inside of the scratch folder that it is given, and returns it. last: the file in it that is
-    written last, by which a folder that was left half made is known. Where haste is asked for (see `haste`) and the
-    real folder is not there, it is another folder, which nobody else is given.
+    written last, by which a folder that was left half made is known.
     """
     from filelock import FileLock
 
     folder = cache_folder() / "lab" / name
-    if is_hasty() and not (folder / last).is_file():
-        folder = folder.with_name(name + SUFFIX)
     if (folder / last).is_file():
         return folder
     writable(folder.parent)

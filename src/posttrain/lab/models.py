@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,7 @@ from posttrain.lab.tokenizer import character_tokenizer
 from posttrain.lab.worlds import world as border
 from posttrain.lab.worlds.world import WorldTask
 from posttrain.models.causal import CausalPolicy
-from posttrain.models.load import load
+from posttrain.models.load import cache_folder, load
 from posttrain.objective.advantage import Demonstration
 from posttrain.objective.estimator import Objective
 from posttrain.training.collect import Offline
@@ -124,14 +124,18 @@ def build(spec: ModelSpec, seed: int | None = None) -> CausalPolicy:
     return policy
 
 
-def folder_of(spec: ModelSpec) -> Path:
-    """The `transformers` folder of a specification in the cache; made on first use, by one process at a time.
+def _hardly_trained(folder_of: Callable[[ModelSpec], Path], spec: ModelSpec) -> Path:
+    """In haste: the real folder if it is there, else that of a model of the same shape and corpus."""
+    real = cache_folder() / "lab" / f"{spec.name}-{spec.seed}-{spec.key}"
+    return real if (real / HEADROOM).is_file() else folder_of(hastened(spec))
 
-    Where haste is asked for it may hold a model of the same shape and corpus that has hardly been trained.
-    """
+
+@haste.in_haste(_hardly_trained)
+def folder_of(spec: ModelSpec) -> Path:
+    """The `transformers` folder of a specification in the cache; made on first use, by one process at a time."""
 
     def make(scratch: Path) -> Path:
-        policy, found = (hastened(spec) if haste.is_hasty() else spec).made()
+        policy, found = spec.made()
         made = policy.save(scratch / "model")
         (made / HEADROOM).write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
         return made

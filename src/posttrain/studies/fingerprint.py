@@ -4,6 +4,7 @@ A part's code counts with everything it calls in turn; of the function that runs
 The code is taken without comments, docstrings and layout, so that editing those makes nothing stale. What is written
 out is the same in every process. By its name alone counts the code of the standard library and of installed packages,
 and of the types that every arm shares (`SHARED`): like the training loop, they are held still by tests of their own.
+What quick jobs do instead (`lab.haste`) is left out.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from posttrain.lab.haste import in_haste
 from posttrain.models.causal import CausalPolicy
 from posttrain.trajectory import PosttrainError
 
@@ -233,7 +235,13 @@ def _source(thing: Code) -> tuple[str, ast.AST | None]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            node.decorator_list = [d for d in node.decorator_list if not _is_of_haste(d)]
     return ast.unparse(tree), tree
+
+
+def _is_of_haste(decorator: ast.expr) -> bool:
+    return isinstance(decorator, ast.Call) and ast.unparse(decorator.func).rpartition(".")[2] == in_haste.__name__
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
