@@ -15,6 +15,7 @@ import toy_studies  # noqa: F401 - registers them
 
 from posttrain.studies import registry, runner
 from posttrain.studies.study import Arm, Measured, Study
+from posttrain.studies.verdict import AtLeast
 from posttrain.trajectory import PosttrainError
 
 HERE = Path(__file__).parent
@@ -69,6 +70,16 @@ def test_arms_that_studies_share_run_once() -> None:
     records = plan("toy-same").records()
     assert records is not None
     assert [r.measured.figures["height"] for r in records["up"]] == [4.0, 4.01, 4.02]
+
+
+def test_the_first_job_of_every_model_goes_first(one_arm) -> None:
+    each = one_arm(draw, seeds=1, quick=True)
+    arms = {name: Arm(draw, {"model": name[0]}) for name in ("a1", "a2", "b1", "b2")}
+    jobs = {name: [replace(each.jobs["only"][0], arm=name, key=name)] for name in arms}
+    expected = (AtLeast("a1", "sum", 0.0),)
+    each = replace(each, study=replace(each.study, arms=arms, expectations=expected), jobs=jobs)
+    found = runner.models_first(runner.missing([each]), [each])
+    assert [job.arm for job in found] == ["a1", "b1", "a2", "b2"]
 
 
 def test_failures_take_only_their_own_job_along(home: Path) -> None:
@@ -163,8 +174,6 @@ def one_arm(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(registry, "_STUDIES", dict(registry._STUDIES))
 
     def make(run, **options) -> runner.Plan:
-        from posttrain.studies.verdict import AtLeast
-
         def one() -> Study:
             """One arm."""
             return Study("c", "s", {"only": Arm(run)}, (AtLeast("only", "sum", 0.0),))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -58,6 +59,16 @@ def test_a_quick_run_writes_nothing_unless_told_where(capsys: pytest.CaptureFixt
     assert not Path("studies").exists()
     assert call(capsys, "toy-climb", "--quick", "--output", "there")[0] == 0
     assert json.loads(Path("there/toy-climb.json").read_text())["quick"] is True
+
+
+def test_a_quick_run_says_what_took_long(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "toy-climb", "toy-same", "--quick", "--jobs", "1")
+    assert code == 0
+    *jobs, total, slowest = err.splitlines()
+    assert len(jobs) == 2
+    assert re.fullmatch(r"jobs of 1 studies took \d+ s, most of it:", total)
+    assert re.fullmatch(r" +\d+\.\d s  toy-climb", slowest)
+    assert call(capsys, "toy-climb", "--quick")[2] == "", "nothing ran"
 
 
 def test_a_failure_is_one_line_and_the_rest_is_done(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +155,16 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], mess
     assert (code, out) == (1, "")
     assert err.startswith(f"posttrain: error: {message}")
     assert len(err.splitlines()) == 1
+
+
+def test_the_slowest_studies() -> None:
+    out = io.StringIO()
+    display = Display(0, out)
+    display.seconds.update({f"study-{i}": i + 0.25 for i in range(30)})
+    display.summary()
+    lines = out.getvalue().splitlines()
+    assert lines[:2] == ["jobs of 30 studies took 442 s, most of it:", "    29.2 s  study-29"]
+    assert len(lines) == 21
 
 
 def test_the_bars_on_a_terminal() -> None:

@@ -83,6 +83,8 @@ def _run(
     if fresh:
         runner.forget(plans)
     missing = runner.missing(plans)
+    if quick:
+        missing = runner.models_first(missing, plans)
     waiting = [plan for plan in plans if not _report(plan, folder, failed)]
     with Display(len(missing)) as display, closing(runner.run(missing, jobs, display.started)) as finished:
         for job, error in finished:
@@ -92,6 +94,8 @@ def _run(
                 continue
             with display.aside():
                 waiting = [p for p in waiting if job.key not in p.keys or not _report(p, folder, failed)]
+        if quick:
+            display.summary()
     return failed
 
 

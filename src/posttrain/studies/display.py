@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 from posttrain.studies.runner import Job
+
+SLOWEST = 20  # studies that are named
 
 
 class Display:
@@ -17,6 +20,7 @@ class Display:
     def __init__(self, total: int, out: TextIO | None = None) -> None:
         self.total, self.done = total, 0
         self.out = out or sys.stderr
+        self.seconds: Counter[str] = Counter()  # by study; what studies share counts where it ran
         self._begun: dict[Job, float] = {}
         self._lines: dict[Job, Any] = {}
         self._bars: Any = None
@@ -49,6 +53,7 @@ class Display:
     def finished(self, job: Job, error: str | None) -> None:
         self.done += 1
         took = time.monotonic() - self._begun.pop(job)
+        self.seconds[job.study] += took
         if self._bars is not None:
             self._bars.remove_task(self._lines.pop(job))
             self._bars.update(self._all, completed=self.done)
@@ -56,6 +61,13 @@ class Display:
             self.say(f"{job}: failed: {error}")
         elif self._bars is None:
             self.say(f"[{self.done}/{self.total}] {job} ({took:.0f} s)")
+
+    def summary(self) -> None:
+        """Says which studies took longest, if any ran."""
+        if self.seconds:
+            self.say(f"jobs of {len(self.seconds)} studies took {sum(self.seconds.values()):.0f} s, most of it:")
+        for study, seconds in self.seconds.most_common(SLOWEST):
+            self.say(f"{seconds:8.1f} s  {study}")
 
     @contextmanager
     def aside(self) -> Iterator[None]:
