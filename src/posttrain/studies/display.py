@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -20,7 +19,7 @@ class Display:
     def __init__(self, total: int, out: TextIO | None = None) -> None:
         self.total, self.done = total, 0
         self.out = out or sys.stderr
-        self.seconds: Counter[str] = Counter()  # by study; what studies share counts where it ran
+        self.seconds: dict[str, float] = {}  # by study; what studies share counts where it ran
         self._begun: dict[Job, float] = {}
         self._lines: dict[Job, Any] = {}
         self._bars: Any = None
@@ -53,7 +52,7 @@ class Display:
     def finished(self, job: Job, error: str | None) -> None:
         self.done += 1
         took = time.monotonic() - self._begun.pop(job)
-        self.seconds[job.study] += took
+        self.seconds[job.study] = self.seconds.get(job.study, 0.0) + took
         if self._bars is not None:
             self._bars.remove_task(self._lines.pop(job))
             self._bars.update(self._all, completed=self.done)
@@ -66,7 +65,7 @@ class Display:
         """Says which studies took longest, if any ran."""
         if self.seconds:
             self.say(f"jobs of {len(self.seconds)} studies took {sum(self.seconds.values()):.0f} s, most of it:")
-        for study, seconds in self.seconds.most_common(SLOWEST):
+        for study, seconds in sorted(self.seconds.items(), key=lambda item: -item[1])[:SLOWEST]:
             self.say(f"{seconds:8.1f} s  {study}")
 
     @contextmanager
