@@ -8,7 +8,7 @@ vocabulary and the number of tokens. Every method uses it, since a method only d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,12 +27,19 @@ Divergence = Literal["forward", "reverse"]
 COLLISION_TOKENS = 128  # hidden states whose logits over the whole vocabulary are held at a time
 
 
+class Packed(Protocol):
+    """A weight `[vocab, width]` in another order: `hidden @ weight.T` of hidden states `[tokens, width]`."""
+
+    def product(self, inputs: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """A vocabulary projection: `logits = softcap(scale * (hidden @ weight.T + bias))`.
 
     weight: `[vocab, width]`; bias: `[vocab]` or None; scale: multiplies logits (1 / sampling temperature, model scale);
-    softcap: `cap * tanh(logits / cap)` as in Gemma 2, applied before the temperature; None for none.
+    softcap: `cap * tanh(logits / cap)` as in Gemma 2, applied before the temperature; None for none. packed: the weight
+    once more, in an order in which it is read faster for a while.
     """
 
     weight: Tensor
@@ -40,6 +47,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    packed: Packed | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[tokens, width]` to fp32 (float64 stays float64) `[tokens, vocab]`."""
@@ -76,8 +84,12 @@ class Head:
             grad *= self.scale
         return grad
 
+    def product(self, hidden: Tensor) -> Tensor:
+        """`hidden @ weight.T`: `[tokens, width]` to `[tokens, vocab]` in their dtype."""
+        return hidden @ self.weight.T if self.packed is None else self.packed.product(hidden)
+
     def _projected(self, hidden: Tensor) -> Tensor:
-        product = hidden @ self.weight.T
+        product = self.product(hidden)
         product = product.to(_wide(product.dtype))
         if self.bias is not None:
             product += self.bias

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from posttrain.models.attention import packed_attention
 from posttrain.models.causal import CausalPolicy, evaluating
+from posttrain.models.packed_linear import packed_linears
 from posttrain.models.routing import Recorder, record_experts
 from posttrain.rollout.engine import Progress
 from posttrain.rollout.graphed import Decoder, GraphedRun, affordable, suits
@@ -111,6 +112,8 @@ class _Run:
         self.hidden = torch.empty(0)  # `[running, width]` states that predict the next token of each running row
         capacity = max(len(prompts[row.prompt].tokens) + row.limit for row in waiting)
         self.slots = Slots(min(rows, self.total, self._affordable(capacity)), capacity)
+        # completions are taken to end halfway on average
+        self.steps = sum(row.limit for row in waiting) / (2 * self.slots.count)
 
     def _affordable(self, capacity: int) -> int:
         """How many rows of that many tokens fit in the memory for keys and values."""
@@ -119,7 +122,8 @@ class _Run:
     def finish(self, progress: Progress | None, experts: bool = False) -> list[list[Completion]]:
         """Run until nothing waits or runs."""
         recording = record_experts(self.policy.model) if experts else nullcontext()
-        with packed_attention(self.policy.model), recording as self.recorder:
+        packing = packed_linears(self.policy.body, self.head, self.steps)
+        with packing as self.head, packed_attention(self.policy.model), recording as self.recorder:
             while self.waiting or self.running:
                 self._admit()
                 uniform = uniforms(self.running).to(self.hidden.device)

@@ -42,7 +42,7 @@ def draw_next(head: Head, hidden: Tensor, uniform: Tensor, sampling: Sampling) -
     plain = sampling.temperature > 0 and not sampling.truncated
     if not plain or factor is None or not library.there_for(hidden, head.weight):
         return draw(head.logits(hidden), uniform, sampling)
-    token, logp = softmax.draw(hidden @ head.weight.T, uniform, factor / sampling.temperature)
+    token, logp = softmax.draw(head.product(hidden), uniform, factor / sampling.temperature)
     if bool((token < 0).any()):
         raise PosttrainError(NOT_FINITE)
     return Draw(token, logp, logp)
