@@ -45,7 +45,10 @@ setup(
         Extension(
             "posttrain.native._fused",
             sources=[str(ROWWISE / "fused.c")],
-            depends=[str(ROWWISE / name) for name in ("fused.h", "gather.inc", "products.inc", "rows.inc", "types.inc")],
+            depends=[
+                str(ROWWISE / name)
+                for name in ("fused.h", "gather.inc", "products.inc", "rows.inc", "slots.inc", "types.inc")
+            ],
             extra_compile_args=FLAGS + VECTORS + THREADS,
             extra_link_args=THREADS,
             libraries=["m"],

@@ -73,6 +73,24 @@ def test_what_it_cannot_take_goes_to_the_models_own() -> None:
     assert all(torch.equal(a.transpose(1, 2), b) for a, b in zip(wide, wanted, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_decode_step_is_that_of_the_model(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token of each of several rows, as they lie in memory after the products."""
+    torch.manual_seed(0)
+    model, taken = make_model(), []
+    own = getattr(home_of(model), NAME)
+    q, k = (torch.randn(rows, 1, heads, 8).to(dtype).transpose(1, 2) for heads in (3, 2))
+    cos, sin = (torch.randn(rows, 1, 8).to(dtype) for _ in range(2))
+    with rotating(rotations(model)):
+        monkeypatch.setattr(rotary.layers, "rotated", lambda *a, f=layers.rotated: taken.append(1) or f(*a))
+        found = getattr(home_of(model), NAME)(q, k, cos, sin)
+    assert len(taken) == 2
+    for a, b in zip(found, own(q, k, cos, sin), strict=True):
+        assert a.shape == b.shape
+        assert torch.equal(a, b)
+
+
 def test_a_function_that_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
 

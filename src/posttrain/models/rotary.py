@@ -52,9 +52,15 @@ def rotating(found: Rotations) -> Iterator[None]:
 
 def _rotate(own: Rotation, q: Any, k: Any, cos: Any, sin: Any, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
     given = (q, k, cos, sin)
-    if rest or options or not all(isinstance(t, Tensor) for t in given) or not _takes(*given):
+    if rest or options or not all(isinstance(t, Tensor) for t in given):
         return own(q, k, cos, sin, *rest, **options)
-    return layers.rotated(q, cos, sin), layers.rotated(k, cos, sin)
+    if _takes(*given):
+        return layers.rotated(q, cos, sin), layers.rotated(k, cos, sin)
+    if _takes_step(*given):  # rows stand where the tokens of one row would
+        cos, sin = cos.transpose(0, 1), sin.transpose(0, 1)
+        q, k = (layers.rotated(x.transpose(0, 2), cos, sin).transpose(0, 2) for x in (q, k))
+        return q, k
+    return own(q, k, cos, sin)
 
 
 def _takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
@@ -67,6 +73,13 @@ def _takes(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
         and all(len(x) == 1 and x.shape[2:] == cos.shape[1:] == sin.shape[1:] for x in (q, k))
         and len(cos) == len(sin) == 1
     )
+
+
+def _takes_step(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether they are those of a decode step: `[rows, heads, 1, width]` twice and `[rows, 1, width]` twice."""
+    if not q.ndim == k.ndim == 4 or not cos.ndim == sin.ndim == 3 or not q.shape[2] == k.shape[2] == cos.shape[1] == 1:
+        return False
+    return _takes(q.transpose(0, 2), k.transpose(0, 2), cos.transpose(0, 1), sin.transpose(0, 1))
 
 
 @cache

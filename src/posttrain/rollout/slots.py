@@ -7,6 +7,7 @@ from torch import Tensor
 
 from posttrain.models.attention import LayerState, TokenChoice
 from posttrain.native import library, softmax
+from posttrain.native import slots as native_slots
 
 GROWTH = 32  # tokens by which the slots grow
 
@@ -135,6 +136,8 @@ class Slots:
         """
         rows = self._rows[: self.active]
         store_k, store_v = self.keys[layer], self.values[layer]
+        if softcap is None and choice is None and native_slots.suits(query, key, value, store_k, store_v):
+            return native_slots.attend(query, key, value, store_k, store_v, self._positions, scale, window)
         store_k[rows, :, self._positions] = key[:, :, 0]
         store_v[rows, :, self._positions] = value[:, :, 0]
         keys, values = store_k[: self.active], store_v[: self.active]

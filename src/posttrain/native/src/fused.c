@@ -1,7 +1,9 @@
 #include "fused.h"
 
 #define LEVEL portable
+#define LANES 4
 #include "types.inc"
+#undef LANES
 #undef LEVEL
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -10,14 +12,18 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define LEVEL avx2
+#define LANES 8
 #include "types.inc"
+#undef LANES
 #undef LEVEL
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define LEVEL avx512
+#define LANES 16
 #include "types.inc"
+#undef LANES
 #undef LEVEL
 #pragma GCC pop_options
 

@@ -35,6 +35,31 @@ typedef uint16_t lanes __attribute__((vector_size(32)));
 #endif
 #define TRANSPOSE_BAND 64 /* columns that a thread transposes at a time: what it writes stays in its cache */
 
+/* numbers in vectors of 4, 8 or 16, and two vectors dealt out in turn as above */
+#define VECTORS_OF(count) \
+  typedef float floats##count __attribute__((vector_size(4 * count))); \
+  typedef uint32_t words##count __attribute__((vector_size(4 * count))); \
+  typedef uint16_t halves##count __attribute__((vector_size(2 * count)));
+VECTORS_OF(4)
+VECTORS_OF(8)
+VECTORS_OF(16)
+#define FIRST_4 0, 4, 1, 5
+#define SECOND_4 2, 6, 3, 7
+#define FIRST_8 0, 8, 1, 9, 2, 10, 3, 11
+#define SECOND_8 4, 12, 5, 13, 6, 14, 7, 15
+#define FIRST_16 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define SECOND_16 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define PASTED(a, b) a##b
+#define PASTE(a, b) PASTED(a, b)
+#define OF_LANES(name) PASTE(name, LANES)
+#define FIRST_LANES OF_LANES(FIRST_)
+#define SECOND_LANES OF_LANES(SECOND_)
+#if defined(__clang__)
+#define DEAL(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define DEAL(a, b, ...) __builtin_shuffle(a, b, (OF_LANES(words)){__VA_ARGS__})
+#endif
+
 static inline float bits_to_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
