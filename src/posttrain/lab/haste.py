@@ -15,6 +15,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 SUFFIX = "-hasty"  # behind the name of a folder in the cache
 STEPS = 30  # of pre-training, at most
+MORE = {"facts": 100, "three-tasks": 150}  # where a study cannot run unless some completion is right
 PROBLEMS = 8  # held-out ones that a model is measured on
 
 P = ParamSpec("P")

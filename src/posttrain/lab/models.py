@@ -145,7 +145,7 @@ def folder_of(spec: ModelSpec) -> Path:
 
 def hastened(spec: ModelSpec) -> ModelSpec:
     """The specification with a few steps of pre-training on as many rows as they take, measured on few problems."""
-    steps = min(spec.steps, haste.STEPS)
+    steps = min(spec.steps, haste.MORE.get(spec.name, haste.STEPS))
     task = _FewHeldOut(spec.task.name, spec.task.arguments)
     return dataclasses.replace(spec, task=task, rows=min(spec.rows, steps * spec.batch), steps=steps, until=None)
 
