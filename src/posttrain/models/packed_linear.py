@@ -119,5 +119,5 @@ def _packed(weight: Tensor) -> Tensor:
 
 
 def _product(inputs: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(inputs, packed, bias, "none", [], "")
     return found

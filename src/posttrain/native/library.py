@@ -11,7 +11,7 @@ import ctypes
 import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,12 @@ def level() -> str | None:
 
 def there_for(*tensors: Tensor) -> bool:
     """Whether the library can take these: all on the CPU, in one dtype, fp32 or bf16."""
+    dtype = tensors[0].dtype
     return (
         _enabled
-        and all(t.device.type == "cpu" for t in tensors)
+        and dtype in SUFFIXES
+        and all(t.dtype is dtype and t.is_cpu for t in tensors)
         and level() is not None
-        and tensors[0].dtype in SUFFIXES
-        and all(t.dtype == tensors[0].dtype for t in tensors)
         and not torch.compiler.is_compiling()
     )
 
@@ -120,10 +120,14 @@ def threads(numbers: int) -> int:
 
 def call(name: str, dtype: torch.dtype, *arguments: Any, count: int) -> None:
     """Run a function on contiguous tensors and numbers, with `count` threads."""
-    found = library()
-    assert found is not None
-    given = [_address(a) if isinstance(a, Tensor) else a for a in arguments]
-    getattr(found, f"posttrain_{name}_{SUFFIXES[dtype]}_{level()}")(*given, count)
+    function = _function(name, dtype, level())
+    function(*[_address(a) if isinstance(a, Tensor) else a for a in arguments], count)
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype, level: str | None) -> Callable[..., None]:
+    found: Callable[..., None] = getattr(library(), f"posttrain_{name}_{SUFFIXES[dtype]}_{level}")
+    return found
 
 
 def _address(tensor: Tensor) -> int:

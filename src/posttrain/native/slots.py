@@ -26,7 +26,7 @@ def attend(
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     (rows, heads, _, width), (_, kv_heads, room, value_width) = query.shape, values.shape
     count = library.threads(rows * heads * room)
-    held = torch.empty(count, HEADS * (_whole(width) + _whole(room)))
+    held = torch.empty(count, HEADS * (32 + width + 16 + room))  # each up to the next whole vectors
     out = torch.empty(rows, 1, heads, value_width, dtype=query.dtype)
     library.call(
         "slot_attention", query.dtype, query.data_ptr(), key.data_ptr(), value.data_ptr(), keys, values, at, held, out,
@@ -34,7 +34,3 @@ def attend(
         *value.stride()[:2], room if window is None else window, scale, count=count,
     )  # fmt: skip
     return out
-
-
-def _whole(numbers: int) -> int:
-    return -(-numbers // 16) * 16

@@ -38,8 +38,7 @@ typedef uint16_t lanes __attribute__((vector_size(32)));
 /* numbers in vectors of 4, 8 or 16, and two vectors dealt out in turn as above */
 #define VECTORS_OF(count) \
   typedef float floats##count __attribute__((vector_size(4 * count))); \
-  typedef uint32_t words##count __attribute__((vector_size(4 * count))); \
-  typedef uint16_t halves##count __attribute__((vector_size(2 * count)));
+  typedef uint32_t words##count __attribute__((vector_size(4 * count)));
 VECTORS_OF(4)
 VECTORS_OF(8)
 VECTORS_OF(16)
