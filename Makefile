@@ -11,7 +11,7 @@ WORKERS ?= 2
 # .venv has the CPU build of torch
 GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: help demo test test-browser test-vllm test-ray test-gpu lint format bench studies studies-quick clean
+.PHONY: help demo test test-browser test-vllm test-ray test-gpu lint format bench bench-more studies studies-quick clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,8 +45,11 @@ format: $(VENV)/.lint  ## let ruff lay the code out
 	$(BIN)/ruff format src tests benchmarks
 	$(BIN)/ruff check --fix src tests benchmarks
 
-bench: $(VENV)/.test  ## speed and memory beside TRL and other engines, in turn in one run (about an hour on two cores)
+bench: $(VENV)/.test  ## speed and memory beside TRL, in turn in one run (half an hour on two cores)
 	$(BIN)/python -m benchmarks.run
+
+bench-more: $(VENV)/.test  ## the same with adapters, long prompts, long completions; generation beside other engines
+	$(BIN)/python -m benchmarks.run --cases sft-lora long-prompt long-completions --json benchmarks/results/cpu-more.json
 	$(BIN)/python -m benchmarks.generation
 
 studies: $(VENV)/.base  ## every paper's claim as an experiment, into docs/studies/ (hours; runs what is missing)

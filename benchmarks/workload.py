@@ -59,6 +59,9 @@ CASES = {
 }
 
 
+MAIN = ("sft", "dpo", "grpo")  # what a run measures unless it is told otherwise
+
+
 def rows_of(case: Case, steps: int, seed: int = 0) -> list[Row]:
     """The rows of `steps` steps, in the order both sides take them: conversations, as both sides read them."""
     draw = random.Random(seed)
