@@ -13,8 +13,8 @@ from posttrain.models.load import cache_folder, writable
 
 def _beside(kept: Callable[..., Path], name: str, last: str, make: Callable[[Path], Path]) -> Path:
     """In haste: the real folder if it is there, else one that nobody else is given."""
-    there = (cache_folder() / "lab" / name / last).is_file()
-    return kept(name if there else name + SUFFIX, last, make)
+    real = cache_folder() / "lab" / name
+    return real if (real / last).is_file() else kept(name + SUFFIX, last, make)
 
 
 @in_haste(_beside)
