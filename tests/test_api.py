@@ -258,7 +258,7 @@ def test_the_page_runs(
     small: dict[str, Any] = {
         "model": saved,
         "task": {"file": ROWS, "heldout": 4, "reward": f"{__file__}:an_a"},
-        "settings": {"steps": 12, "batch": 4, "group": 8, "max_tokens": 8, **FAST, "folder": "run"},
+        "settings": {"steps": 24, "batch": 4, "group": 8, "max_tokens": 8, **FAST, "folder": "run"},
     }
     for name, value in small.items():
         training, count = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", training, flags=re.MULTILINE)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from posttrain.native import library
+from posttrain.native.library import call, threads
 
 HEADS = 4  # query heads that share a reading of the keys, as in the source
 
@@ -25,10 +26,11 @@ def attend(
     """
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
     (rows, heads, _, width), (_, kv_heads, room, value_width) = query.shape, values.shape
-    count = library.threads(rows * heads * room)
-    held = torch.empty(count, HEADS * (32 + width + 16 + room))  # each up to the next whole vectors
-    out = torch.empty(rows, 1, heads, value_width, dtype=query.dtype)
-    library.call(
+    count = threads(rows * heads * room)
+    wide = HEADS * (32 + width + 16 + room)  # queries and scores, each up to the next whole vectors
+    held = query.new_empty(count, wide, dtype=torch.float32)
+    out = query.new_empty(rows, 1, heads, value_width)
+    call(
         "slot_attention", query.dtype, query.data_ptr(), key.data_ptr(), value.data_ptr(), keys, values, at, held, out,
         rows, kv_heads, heads // kv_heads, room, width, value_width, *query.stride()[:2], *key.stride()[:2],
         *value.stride()[:2], room if window is None else window, scale, count=count,

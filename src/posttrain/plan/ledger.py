@@ -173,8 +173,8 @@ class Ledger(TorchDispatchMode):
         self._phase.work += operations
 
     def _see(self, tensor: Tensor) -> None:
-        if tensor.device.type != self.device or self._entry(tensor) is not None:
-            return  # of another device, a view, or changed in place
+        if tensor.device.type != self.device or tensor.is_mkldnn or self._entry(tensor) is not None:
+            return  # of another device, oneDNN's own, of which PyTorch tells no size, a view, or changed in place
         storage, part = tensor.untyped_storage(), self._part
         key, size = id(storage), self._size(tensor, part)
         place = None if self.heap is None else self.heap.allocate(int(size))
