@@ -25,6 +25,7 @@ from benchmarks.workload import CASES, MAIN, Case
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = (Arm("fp32"), Arm("bf16"))
+CUT = tuple(Arm(p.weights, pieces=4) for p in PRECISIONS)  # a batch of rollouts is meant to be cut, and faster so
 CLEARLY = 1.05  # times the fastest arm's seconds, from which on another takes no more turns
 LOSS_TOLERANCE = 0.05  # of the first loss; TRL's SFT loss also counts the line break after a row's end token
 
@@ -61,7 +62,7 @@ def arms_of(case: Case) -> list[Arm]:
 def measure_case(case: Case, plan: Plan, throughputs: list[dict[str, float]]) -> CaseResult:
     """Measure ours and TRL in turn; adds the matrix throughput measured before each repetition to `throughputs`."""
     screened: dict[Arm, Measurement] = {}
-    chosen: Sequence[Arm] = PRECISIONS
+    chosen: Sequence[Arm] = [*PRECISIONS, *CUT] if case.online else PRECISIONS
     if plan.screen:
         for arm in arms_of(case):
             screened[arm] = measure(Task("trl", plan.model, case.name, warmup=1, steps=1, arm=arm))
