@@ -82,12 +82,10 @@ def measure_case(case: Case, plan: Plan, throughputs: list[dict[str, float]]) ->
 
 
 def drop_slow(result: CaseResult) -> None:
-    """Take no more turns with arms that are clearly slower than the fastest; what they took stays as a trial."""
-    best = result.repeated[fastest(result.repeated)][-1].mean_seconds
-    for arm, found in list(result.repeated.items()):
-        if found[-1].mean_seconds > CLEARLY * best:
-            result.screened[arm] = found[0]
-            del result.repeated[arm]
+    """Take no more turns with arms that so far are clearly slower than the fastest; their turns stay as trials."""
+    seconds = {arm: sum(m.mean_seconds for m in found) for arm, found in result.repeated.items()}
+    for arm in [a for a in seconds if seconds[a] > CLEARLY * min(seconds.values())]:
+        result.screened[arm] = result.repeated.pop(arm)[0]
 
 
 def contenders(case: Case, screened: dict[Arm, Measurement]) -> list[Arm]:

@@ -108,9 +108,11 @@ def test_copies_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert BYTES == 2 << 30
     layers = nn.Sequential(*(linear() for _ in range(3)))
     monkeypatch.setattr(packed_linear, "BYTES", 2 * layers[0].weight.nbytes)
-    with packed_linears(layers, Head(layers[0].weight), STEPS) as head:
+    with packed_linears(layers, Head(linear().weight), STEPS) as head:
         assert ["forward" in layer.__dict__ for layer in layers] == [True, True, False]
         assert head.packed is None
+    with packed_linears(layers, Head(layers[0].weight), STEPS) as head:
+        assert head.packed is not None  # a tied one takes no more
 
 
 def test_without_the_operations_all_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:

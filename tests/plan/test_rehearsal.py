@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from posttrain import methods
+from posttrain.models import packed_linear
 from posttrain.models.adapters import add_lora
 from posttrain.models.causal import CausalPolicy
 from posttrain.objective.batch import Batch
+from posttrain.plan import rehearsal
 from posttrain.plan.kernels import kernels
 from posttrain.plan.ledger import Ledger
 from posttrain.plan.outline import outline
@@ -200,6 +202,33 @@ def test_the_cache_is_that_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> Non
     assert held <= planned.phases["decode"].parts["cache"] <= held + one + 256
     assert planned.rows == 8
     assert planned.waves == 2
+
+
+@pytest.mark.skipif(not packed_linear.available(), reason="this PyTorch has no products with packed weights")
+@pytest.mark.parametrize("name", ["tied", "normed"])
+def test_copies_for_decoding_are_those_that_the_engine_makes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    packed = packed_linear._packed
+
+    def noted(weight: Tensor) -> Tensor:
+        made.append(weight.nbytes)
+        return packed(weight)
+
+    method = methods.grpo().with_settings(
+        **SMALL | {"steps": 1}, group=4, max_tokens=LENGTHS.completion, rollout_rows=4
+    )
+    policy = real(name, BF16)
+    policy.tokenizer = _Endless(policy.tokenizer)
+    policy.model.generation_config.eos_token_id = None
+    with ExitStack() as stack:
+        stack.callback(monkeypatch.undo)
+        monkeypatch.setattr(packed_linear, "_packed", noted)
+        trainer(policy, method).run()
+    planned = rehearse(config(name), method, LENGTHS, BF16).phases["decode"].parts["workspace"]
+    monkeypatch.setattr(rehearsal, "weights_to_pack", lambda *_: [])
+    without = rehearse(config(name), method, LENGTHS, BF16).phases["decode"].parts["workspace"]
+    assert made
+    assert planned - without == sum(made)
 
 
 def test_work_is_that_of_the_products() -> None:

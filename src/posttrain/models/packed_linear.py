@@ -30,27 +30,34 @@ def packed_linears(model: nn.Module, head: Head, steps: float) -> Iterator[Head]
     """Inside the block the linear layers of a decoder, and the head that is yielded, use packed weights where a call of
     so many decode steps gains by it. Weights are packed when they are first used for few rows.
     """
-    if steps < STEPS or not available():
-        yield head
-        return
-    room = BYTES
-    packs: dict[int, PackedWeight] = {}
-    found: list[tuple[nn.Module, Forward]] = []
-    for module in model.modules():
-        if type(module) is not nn.Linear or "forward" in module.__dict__ or not takes(module.weight):
-            continue
-        if id(module.weight) not in packs:
-            if module.weight.nbytes > room:
-                continue
-            room -= module.weight.nbytes
-            packs[id(module.weight)] = PackedWeight(module.weight)
-        found.append((module, partial(_forward, module, packs[id(module.weight)])))
+    packs = {id(w): PackedWeight(w) for w in weights_to_pack(model, head, steps)}
+    found: list[tuple[nn.Module, Forward]] = [
+        (module, partial(_forward, module, packs[id(module.weight)]))
+        for module in _linears(model)
+        if id(module.weight) in packs
+    ]
     with replaced(found):
-        yield replace(head, packed=PackedWeight(head.weight)) if _fits(head.weight, room) else head
+        yield replace(head, packed=packs[id(head.weight)]) if id(head.weight) in packs else head
 
 
-def _fits(weight: Tensor, room: int) -> bool:
-    return takes(weight) and weight.nbytes <= room
+def weights_to_pack(model: nn.Module, head: Head, steps: float, device: str = "cpu") -> list[Tensor]:
+    """The weights of which a call of so many decode steps makes copies: of linear layers, each once, and of the head,
+    as far as there is room. device: where they lie, which is `meta` for what only stands for a model on the CPU.
+    """
+    if steps < STEPS or not available():
+        return []
+    room = BYTES
+    found: dict[int, Tensor] = {}
+    for weight in (*(module.weight for module in _linears(model)), head.weight):
+        if id(weight) not in found and takes(weight, device) and weight.nbytes <= room:
+            room -= weight.nbytes
+            found[id(weight)] = weight
+    return list(found.values())
+
+
+def _linears(model: nn.Module) -> Iterator[nn.Linear]:
+    """Those that compute as a plain one does."""
+    return (m for m in model.modules() if type(m) is nn.Linear and "forward" not in m.__dict__)
 
 
 def _forward(module: Any, pack: PackedWeight, inputs: Tensor) -> Tensor:
@@ -82,11 +89,11 @@ class PackedWeight:
         return _product(inputs, self._copy, bias)
 
 
-def takes(weight: Tensor) -> bool:
+def takes(weight: Tensor, device: str = "cpu") -> bool:
     """Whether a weight can be packed: plain, bf16, on the CPU, with a count of what is written to it."""
     return (
         type(weight) in (Tensor, nn.Parameter)
-        and weight.device.type == "cpu"
+        and weight.device.type == device
         and weight.dtype == torch.bfloat16
         and weight.ndim == 2
         and weight.is_contiguous()

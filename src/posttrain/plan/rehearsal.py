@@ -20,6 +20,7 @@ from posttrain.models.adapters import add_lora
 from posttrain.models.allocator import LARGEST_KEPT, PAD, keep_freed_memory
 from posttrain.models.attention import LayerState, packed_attention
 from posttrain.models.causal import CausalPolicy, evaluating
+from posttrain.models.packed_linear import STEPS, weights_to_pack
 from posttrain.models.packing import pack_prompts
 from posttrain.objective.batch import Batch
 from posttrain.objective.sink import sink_of
@@ -103,7 +104,7 @@ def rehearse(
             policy = add_lora(policy, rank=settings.lora)
             policy._packs = True
         ledger.hold([*policy.model.parameters(), *policy.model.buffers()], "weights")
-        stage = _Stage(policy, method, lengths, ledger, rows)
+        stage = _Stage(policy, method, lengths, ledger, rows, device)
         work = stage.rehearse(shards)
     return Rehearsal(
         peak=ledger.peak,
@@ -136,8 +137,10 @@ def _gathered(policy: CausalPolicy) -> float:
 class _Stage:
     """A stage's parts on `meta` tensors, as the training loop puts them together, and one step of it."""
 
-    def __init__(self, policy: CausalPolicy, method: Method, lengths: Lengths, ledger: Ledger, rows: int) -> None:
-        self.policy, self.method, self.lengths, self.ledger = policy, method, lengths, ledger
+    def __init__(
+        self, policy: CausalPolicy, method: Method, lengths: Lengths, ledger: Ledger, rows: int, device: str
+    ) -> None:
+        self.policy, self.method, self.lengths, self.ledger, self.device = policy, method, lengths, ledger, device
         self.settings, self.objective = method.settings, method.objective
         self.members = {"prompts": self.settings.group, "preferences": 2}.get(method.data, 1)
         self.groups, self.sequences = rows, rows * self.members
@@ -337,6 +340,8 @@ class _Stage:
         rows = min(settings.rollout_rows, self.sequences)
         prompts = min(-(-rows // settings.group), max(1, PREFILL_TOKENS // lengths.prompt))
         captured: dict[int, LayerState] = {}
+        on_cpu = self.device == "cpu"
+        packable = weights_to_pack(policy.body, policy.head(), STEPS, META.type) if on_cpu else []
         with torch.inference_mode(), evaluating(policy.model), packed_attention(policy.model):
             with ledger.phase("prefill") as prefill:
                 layout = pack_prompts([torch.zeros(lengths.prompt, dtype=torch.int64)] * prompts).to(META)
@@ -355,6 +360,9 @@ class _Stage:
                 hidden = hidden[:1].expand(rows, -1).clone()
                 del captured, layout, states
             with ledger.phase("decode") as decode:
+                steps = self.sequences * lengths.completion / (2 * rows)
+                with ledger.part("workspace"):
+                    copies = [torch.empty_like(weight) for weight in packable] if steps >= STEPS else []
                 self._draw(hidden)
                 before = decode.work
                 if lengths.completion > 1:
@@ -366,6 +374,7 @@ class _Stage:
                         input_ids=tokens, position_ids=positions[:, None].to(META), use_cache=False, kv_slots=slots
                     ).last_hidden_state[:, 0]
                 self._draw(hidden)
+                del copies
         self.waves = -(-self.sequences // rows)
         weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
         self.decode_bytes = weights + a_token * rows * (lengths.prompt + lengths.completion / 2)
