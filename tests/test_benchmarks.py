@@ -1,4 +1,4 @@
-"""Our side of the benchmark beside TRL: it trains the steps that it is asked for, on the rows that both sides get."""
+"""Our sides of the benchmarks: they do the work that they are asked for, and what is compared is like."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from benchmarks import generation, ours
+from benchmarks import generation, ours, quantization
+from benchmarks.measurement import Arm, Measurement
+from benchmarks.run import CLEARLY, drop_slow
+from benchmarks.summary import CaseResult
 from benchmarks.workload import CASES
 
 from conftest import make_model, make_tokenizer
@@ -53,3 +56,34 @@ def test_the_roofline_of_generation_is_the_larger_of_work_and_reading() -> None:
     assert generation.roofline_seconds(fast, load, [[3]]) == 280 * 4 / 70
     # inputs 2 + 2, predicted 3, pairs 3 + (2 * 2 + 3): see forward_work
     assert generation.roofline_seconds(slow, load, [[3]]) == 2 * 100 * 4 + 2 * 10 * 4 * 3 + 4 * 4 * 10
+
+
+def test_an_arm_is_dropped_by_all_its_turns_not_by_the_last() -> None:
+    def turns(*seconds: float) -> list[Measurement]:
+        fields = dict.fromkeys(Measurement.__dataclass_fields__)
+        return [Measurement(**{**fields, "seconds": [s]}) for s in seconds]
+
+    slow, uneven, fast = Arm("fp32"), Arm("bf16"), Arm("bf16", pieces=4)
+    repeated = {slow: turns(11.0, 11.0), uneven: turns(9.0, 10 * CLEARLY + 0.1), fast: turns(10.0, 10.0)}
+    result = CaseResult(CASES["grpo"], [], repeated, {})
+    drop_slow(result)
+    assert set(result.repeated) == {uneven, fast}
+    assert result.screened[slow].seconds == [11.0]
+
+
+def test_the_weights_that_the_quantization_benchmark_judges_are_those_of_the_compressed_model(tmp_path: Path) -> None:
+    model = str(tmp_path / "model")
+    make_model(max_position_embeddings=256).save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"{i} plus {i + 1} is {2 * i + 1}." for i in range(400)))
+    quantization.prepare(model, str(text), tmp_path)
+
+    found = {
+        bits: quantization.ours(tmp_path, bits, 16, "integer", tmp_path / f"{bits}.safetensors") for bits in (2, 8)
+    }
+    coarse, fine = (quantization.judge(model, str(text), tmp_path, tmp_path / f"{bits}.safetensors") for bits in (2, 8))
+
+    assert found[8]["bits"] == found[2]["bits"] + 6 + 6 / 16  # the zero point has as many bits as a code
+    assert coarse["float"] == fine["float"]
+    assert 0 < fine["kl"] < coarse["kl"] / 100
