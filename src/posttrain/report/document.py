@@ -25,7 +25,7 @@ def render(template: str, scripts: Iterable[str], data: Mapping[str, Any], **con
     """A page from the text of a template.
 
     scripts: the code of the page, after plotly.js. data: by name, what the scripts read, as JSON in the page.
-    The template finds `style`, `scripts`, `policy`, every `data` under its name, and `context`.
+    The template extends `base.html`, and finds `style`, `scripts`, `policy`, every `data` under its name, and `context`.
     """
     import jinja2
     from markupsafe import Markup
@@ -33,7 +33,11 @@ def render(template: str, scripts: Iterable[str], data: Mapping[str, Any], **con
 
     code = [get_plotlyjs(), *scripts]
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.DictLoader({"base.html": file("base.html")}),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.from_string(template).render(
         style=Markup(file("style.css")),

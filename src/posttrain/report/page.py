@@ -39,7 +39,7 @@ def render(folder: RunFolder, samples: int = 5000) -> str:
         document.file("page.html"),
         [document.file("curves.js"), document.file("table.js")],
         {"curves_data": _curves_data(folder, figures), "samples_data": [_sample(row, folder) for row in shown]},
-        headline=results.headline(folder),
+        sentence=results.headline(folder),
         name=folder.text("name") or folder.path.name,
         status=folder.text("status") or "unknown",
         facts=_facts(folder),
