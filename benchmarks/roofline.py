@@ -7,7 +7,6 @@ traffic are left out, so nothing reaches a distance of 1.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,17 +44,10 @@ def step_work(size: Size, groups: Sequence[Group], passes: int) -> float:
     return passes * forward_work(size, groups)
 
 
-def matrix_throughput(side: int = 2048, repetitions: int = 30) -> dict[str, float]:
-    """Operations a second of a `side`³ matrix product, the best of several, by dtype."""
+def matrix_throughput() -> dict[str, float]:
+    """Operations a second of a 2048³ matrix product, the best of 30, by dtype."""
     import torch
 
-    found = {}
-    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
-        best = float("inf")
-        for _ in range(repetitions):
-            begun = time.perf_counter()
-            a @ b
-            best = min(best, time.perf_counter() - begun)
-        found[name] = 2 * side**3 / best
-    return found
+    from posttrain.plan.device import matrix_throughput as of
+
+    return {"bf16": of(torch.bfloat16), "fp32": of(torch.float32)}
