@@ -11,6 +11,7 @@ import torch
 
 from posttrain.compress.calibrate import calibration_batches, text_of
 from posttrain.compress.method import Calibrated, Compression
+from posttrain.compress.pipeline import fitting_group
 from posttrain.compress.policy import CompressedPolicy, compressed_copy
 from posttrain.evaluation.evaluate import evaluate as evaluate_engine
 from posttrain.evaluation.evaluation import Evaluation
@@ -232,13 +233,15 @@ def quantize(
         samples, length: windows of calibration text, and tokens of each, in place of the method's.
         skip: patterns of layers that stay as they are: `*.down_proj`.
         seed: of the windows, and of everything random in the method.
-        arguments: of the method, where it is given by name (`bits=3`).
+        arguments: of the method, where it is given by name (`bits=3`). A group that is left out is the method's own or,
+            where that does not divide the model's layers, the largest power of two that does.
     Returns:
         the compressed model: `small.save(folder)` writes what `load` reads, `small.compression` says what was done.
     """
     from posttrain.studies.compression import texts_for
 
-    made = find(method).function(**arguments) if isinstance(method, str) else method
+    entry = find(method) if isinstance(method, str) else None
+    made = entry.function(**arguments) if entry is not None else method
     if not isinstance(made, Compression):
         name = method if isinstance(method, str) else getattr(method, "name", repr(method))
         raise PosttrainError(f"quantize: {name} does not compress; use train for it, or give a method such as gptq")
@@ -247,6 +250,8 @@ def quantize(
     usual = made.calibration
     much = Calibrated(usual.samples if samples is None else samples, usual.length if length is None else length)
     policy = model if isinstance(model, CausalPolicy) else load(model)
+    if entry is not None and isinstance(group := entry.parameters.get("group"), int) and "group" not in arguments:
+        made = entry.function(**arguments, group=fitting_group(policy.base, group, (*made.skip, *skip)))
     if calibration is None:
         batches = texts_for(policy).batches(policy, much, seed)
     else:

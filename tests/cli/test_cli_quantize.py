@@ -13,6 +13,7 @@ from commands import call as call_command
 from commands import make_folder, write_rows
 
 from posttrain import load
+from posttrain import quantize as quantize_in_python
 from posttrain.compress.policy import CompressedPolicy
 
 TEXT = "".join(chr(97 + (i * i) % 26) for i in range(1500))
@@ -40,6 +41,27 @@ def quantize(capsys: pytest.CaptureFixture[str], model: str, *arguments: str) ->
 
 def told(out: str) -> dict[str, str]:
     return dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
+
+
+def test_a_groups_default_that_does_not_divide_gives_way_and_says_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = str(make_folder(tmp_path / "wide", hidden_size=192, intermediate_size=256))
+    given = ("quantize", model, "--calibration", "text.txt", "--length", "64", "--samples", "5")
+    code, out, err = call(capsys, *given, "--bits", "3", "--output", "small")
+    assert code == 0, err
+    assert f"gptq: its groups of 128 do not divide all layers of {model}; taking 64 (--group)" in err
+    assert told(out)["bits"].startswith("3.297 a weight")  # (16 + 3) / 64 of scale and zero point
+    code, _, err = call(capsys, *given, "--group", "128", "--output", "strict")
+    assert code != 0
+    assert "group 128 does not divide the 192 input columns" in err
+
+    arguments = ("compare", "--methods", "rtn,gptq", "--model", model, "--calibration", "text.txt")
+    code, out, err = call(capsys, *arguments, "--windows", "3", "--length", "64", "--seeds", "2", "--folder", "both")
+    assert code == 0, err
+    assert "rtn: its groups of 128 do not divide" in err
+    small = quantize_in_python(load(model), "rtn", "text.txt", samples=2, length=64)
+    assert small.compression.arguments["group"] == 64
 
 
 def test_what_it_writes_and_tells(capsys: pytest.CaptureFixture[str], saved: str, tmp_path: Path) -> None:

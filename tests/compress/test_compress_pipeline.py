@@ -19,7 +19,7 @@ from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.moments import InputMoments
 from posttrain.compress.packed.inputs import InputStep
 from posttrain.compress.packed.linear import PackedLinear
-from posttrain.compress.pipeline import check, compress_model
+from posttrain.compress.pipeline import check, compress_model, fitting_group
 from posttrain.compress.solvers.rtn import RoundToNearest, rounded
 from posttrain.compress.stacks import linears, stacks, whole_names
 from posttrain.compress.transforms.transform import Transform
@@ -244,6 +244,22 @@ def test_groups_that_do_not_divide_are_refused_before_anything_is_done() -> None
     check(model, methods.gptq(group=32), ["*.down_proj"])
     with pytest.raises(PosttrainError, match=r"group 5 does not divide the 32 input columns of .*; expected a divisor"):
         check(model, methods.rtn(group=5))
+
+
+@pytest.mark.parametrize(
+    ("group", "skip", "taken"),
+    [
+        (16, (), 16),  # all is well
+        (0, (), 0),
+        (64, (), 64),  # wider than every layer: whole rows
+        (32, (), 16),  # 48 columns in down_proj
+        (32, ("*.down_proj",), 32),
+        (40, ("*.down_proj",), 40),  # wider than the others
+        (7, (), 7),  # nothing of at least 16 below it
+    ],
+)
+def test_a_usual_group_becomes_one_that_divides_all_layers(group: int, skip: tuple[str, ...], taken: int) -> None:
+    assert fitting_group(walkable("llama")[0], group, skip) == taken
 
 
 def test_an_empty_calibration() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ def compare_compressed(
     holdout: int | None,
 ) -> None:
     """Compress a model by each method at each number of bits, and print what came out."""
-    from posttrain.cli.compression import given_text
+    from posttrain.cli.compression import fitted, given_text
     from posttrain.cli.train import given_settings
     from posttrain.models.load import load
     from posttrain.studies.compare_compressed import compare_compressed as compare
@@ -41,11 +42,13 @@ def compare_compressed(
 
     given = given_settings({"group": group}, overrides)
     much = (WINDOWS if windows is None else windows, LENGTH if length is None else length)
-    made = _methods(entries, given, _bits(bits), much)
+    counts = _bits(bits)
+    _methods(entries, given, counts, much)  # what is wrong with it is told before a model is loaded
     problems = task_option(task, model)
     source = None if calibration is None else given_text("--calibration", calibration)
     unseen = None if text is None else given_text("--text", text)
     policy = load(model)
+    made = _methods(entries, given, counts, much, lambda entry, own: fitted(entry, own, policy, skip))
     found = compare(
         policy, made, texts_for(policy, source, unseen), task=problems, seeds=seeds, folder=folder, holdout=holdout,
         skip=skip,
@@ -66,7 +69,11 @@ def _bits(text: str | None) -> list[int | None]:
 
 
 def _methods(
-    entries: list[Entry], given: Given, bits: list[int | None], much: tuple[int, int]
+    entries: list[Entry],
+    given: Given,
+    bits: list[int | None],
+    much: tuple[int, int],
+    fit: Callable[[Entry, Given], Given] = lambda _, own: own,
 ) -> dict[str, Compression]:
     """The methods by the names to show, each with the arguments that it knows, all calibrated on as much text."""
     from posttrain.cli.compression import calibrated, made
@@ -86,6 +93,6 @@ def _methods(
                     raise PosttrainError(f"--bits {count}: {entry.name} takes no bits; leave --bits out, or the method")
                 own["bits"] = (count, f"--bits {count}")
             name = entry.name if len(bits) == 1 else f"{entry.name} {count} bits"
-            method = made(entry, own, shared=True)
+            method = made(entry, fit(entry, own), shared=True)
             found[name] = calibrated(method, *much)
     return found

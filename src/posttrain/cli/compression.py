@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from posttrain.compress.measure import Measurement
     from posttrain.compress.method import Compression
     from posttrain.methods.registry import Entry
+    from posttrain.models.causal import CausalPolicy
 
 COMMANDS = {"quantization": "quantize", "sparsity": "prune"}
 
@@ -43,12 +45,15 @@ def compress(asked: Asked) -> None:
     from posttrain.studies.compression import texts_for
     from posttrain.terminal import Counter
 
-    method = calibrated(made(_entry(asked), asked.given), asked.samples, asked.length)
+    entry = _entry(asked)
+    method = calibrated(made(entry, asked.given), asked.samples, asked.length)
     folder = _output(asked)
     source = None if asked.calibration is None else given_text("--calibration", asked.calibration)
     unseen = None if asked.text is None else given_text("--text", asked.text)
     policy = load(asked.model)
     check_float(policy)
+    if (given := fitted(entry, asked.given, policy, asked.skip)) != asked.given:
+        method = calibrated(made(entry, given), asked.samples, asked.length)
     check(policy.base, method, asked.skip)
     texts = texts_for(policy, source, unseen)
     batches = texts.batches(policy, method.calibration, asked.seed)
@@ -101,6 +106,23 @@ def made(entry: Entry, given: Given, *, shared: bool = False) -> Compression:
     with mistakes_at((entry.name,), values, where):
         found: Compression = entry.function(**arguments)
     return found
+
+
+def fitted(entry: Entry, given: Given, policy: CausalPolicy, skip: tuple[str, ...]) -> Given:
+    """What was set for a method and, where its own group does not divide the model's layers and none was given, the
+    largest that does; which is said.
+    """
+    from posttrain.compress.pipeline import fitting_group
+
+    usual = entry.parameters.get("group")
+    if "group" in given or not isinstance(usual, int):
+        return given
+    group = fitting_group(policy.base, usual, (*made(entry, given, shared=True).skip, *skip))
+    if group == usual:
+        return given
+    print(f"{entry.name}: its groups of {usual} do not divide all layers of {policy.name}; taking {group} (--group)",
+          file=sys.stderr)  # fmt: skip
+    return {**given, "group": (group, f"--group {group}")}
 
 
 def _listed(entry: Entry) -> str:

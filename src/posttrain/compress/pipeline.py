@@ -81,12 +81,31 @@ def compress_model(
 def check(model: nn.Module, method: Compression, skip: Sequence[str] = ()) -> None:
     """PosttrainError where a method cannot compress this model, told before anything is calibrated or changed."""
     check_patterns(model, skip)
-    blocks = [block for stack in stacks(model) for block in whole_names(stack)]
-    layers = {f"{b}.{n}": m for b, block in blocks for n, m in linears(block, b, (*method.skip, *skip)).items()}
+    layers = _layers(model, (*method.skip, *skip))
     if not layers:
         raise PosttrainError(f"{method.name}: every linear layer is skipped; nothing is left to compress")
     for name, layer in layers.items():
         method.solver.check((layer.out_features, layer.in_features), name)
+
+
+def fitting_group(model: nn.Module, group: int, skip: Sequence[str] = ()) -> int:
+    """What a method's usual group becomes on a model some of whose layers it does not divide: the largest power of two
+    below it that divides the columns of all. Where none of at least 16 does, or all is well, the group as it is.
+    """
+    columns = [layer.in_features for layer in _layers(model, skip).values()]
+    fits = [g for g in (group, *(2**k for k in range(10, 3, -1) if 2**k < group)) if _divides(g, columns)]
+    return fits[0] if fits else group
+
+
+def _divides(group: int, columns: Sequence[int]) -> bool:
+    """A group that is wider than a layer is the layer's whole row, and 0 is that of every layer."""
+    return group <= 0 or all(group >= count or count % group == 0 for count in columns)
+
+
+def _layers(model: nn.Module, skip: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers in the model's blocks by their whole names, but for those to skip."""
+    blocks = [block for stack in stacks(model) for block in whole_names(stack)]
+    return {f"{b}.{n}": m for b, block in blocks for n, m in linears(block, b, skip).items()}
 
 
 def _compress(

@@ -25,7 +25,7 @@ def render(template: str, scripts: Iterable[str], data: Mapping[str, Any], **con
     """A page from the text of a template.
 
     scripts: the code of the page, after plotly.js. data: by name, what the scripts read, as JSON in the page.
-    The template extends `base.html`, and finds `style`, `scripts`, `policy`, every `data` under its name, and `context`.
+    The template extends `base.html`; it finds `style`, `scripts`, `policy`, every `data` under its name, and `context`.
     """
     import jinja2
     from markupsafe import Markup
