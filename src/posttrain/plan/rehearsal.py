@@ -362,7 +362,7 @@ class _Stage:
             with ledger.phase("decode") as decode:
                 steps = self.sequences * lengths.completion / (2 * rows)
                 with ledger.part("workspace"):
-                    copies = [torch.empty_like(weight) for weight in packable] if steps >= STEPS else []
+                    packed = [torch.empty_like(weight) for weight in packable] if steps >= STEPS else []
                 self._draw(hidden)
                 before = decode.work
                 if lengths.completion > 1:
@@ -374,7 +374,7 @@ class _Stage:
                         input_ids=tokens, position_ids=positions[:, None].to(META), use_cache=False, kv_slots=slots
                     ).last_hidden_state[:, 0]
                 self._draw(hidden)
-                del copies
+                del packed
         self.waves = -(-self.sequences // rows)
         weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
         self.decode_bytes = weights + a_token * rows * (lengths.prompt + lengths.completion / 2)
