@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -234,7 +235,7 @@ def quantize(
         skip: patterns of layers that stay as they are: `*.down_proj`.
         seed: of the windows, and of everything random in the method.
         arguments: of the method, where it is given by name (`bits=3`). A group that is left out is the method's own or,
-            where that does not divide the model's layers, the largest power of two that does.
+            where that does not divide the model's layers, the largest power of two that does, with a warning.
     Returns:
         the compressed model: `small.save(folder)` writes what `load` reads, `small.compression` says what was done.
     """
@@ -251,7 +252,10 @@ def quantize(
     much = Calibrated(usual.samples if samples is None else samples, usual.length if length is None else length)
     policy = model if isinstance(model, CausalPolicy) else load(model)
     if entry is not None and isinstance(group := entry.parameters.get("group"), int) and "group" not in arguments:
-        made = entry.function(**arguments, group=fitting_group(policy.base, group, (*made.skip, *skip)))
+        fits = fitting_group(policy.base, group, (*made.skip, *skip))
+        if fits != group:
+            warnings.warn(f"{made.name}: groups of {group} do not divide all layers; taking {fits}", stacklevel=2)
+            made = entry.function(**arguments, group=fits)
     if calibration is None:
         batches = texts_for(policy).batches(policy, much, seed)
     else:
