@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.child import ROOT, BenchmarkError, answer
 from benchmarks.roofline import Size, forward_work
 from benchmarks.run import hardware, rounded
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "generation.json"
 Side = Literal["ours", "transformers", "vllm", "machine"]
 
@@ -179,17 +177,10 @@ def worker(side: Side, load: Load, folder: str) -> None:
 
 
 def run(side: Side, load: Load, folder: str, python: str = sys.executable) -> dict[str, Any]:
-    """What a process of its own answered; RuntimeError with its last lines where it failed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if side == "vllm":
-        environment |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "ERROR"}
+    """What a process of its own answered."""
+    on_cpu = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "ERROR"} if side == "vllm" else None
     command = [python, "-m", "benchmarks.generation", "--worker", side, "--loads", load.name, "--folder", folder]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-15:])
-        raise RuntimeError(f"{load.name} by {side} ended with code {done.returncode}:\n{last}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return answer(command, f"{load.name} by {side}", on_cpu)
 
 
 def roofline_seconds(about: dict[str, Any], load: Load, lengths: list[list[int]]) -> float:
@@ -283,7 +274,7 @@ def main() -> int:
         sides["vllm"] = given.vllm_python
     try:
         found = measure(loads, sides, str(model_folder(given.model)), given.repetitions)
-    except RuntimeError as error:
+    except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     show(found, [] if has_vllm else ["vllm"])

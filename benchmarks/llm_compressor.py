@@ -1,4 +1,4 @@
-"""GPTQ by llm-compressor, in a process of its own and by a Python that has it; imports nothing of ours.
+"""GPTQ by llm-compressor, in a process of its own and by a Python that has it; imports nothing of posttrain.
 
     python -m benchmarks.llm_compressor FOLDER WINDOWS.safetensors OUTPUT.safetensors BITS GROUP ZERO
 
@@ -9,11 +9,11 @@ the quantized model computes with. Prints the seconds of the quantization and th
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from benchmarks.child import high_water
 
 
 def quantize(folder: str, windows: str, output: str, bits: int, group: int, zero: str) -> float:
@@ -47,17 +47,10 @@ def quantize(folder: str, windows: str, output: str, bits: int, group: int, zero
     return seconds
 
 
-def peak_mib() -> float:
-    """The largest resident set of this program; `ru_maxrss` would begin with that of the one that started it."""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) / 1024
-
-
 def main() -> int:
     folder, windows, output, bits, group, zero = sys.argv[1:]
     seconds = quantize(folder, windows, output, int(bits), int(group), zero)
-    print(json.dumps({"seconds": seconds, "peak_mib": peak_mib()}), flush=True)
+    print(json.dumps({"seconds": seconds, "peak_mib": high_water() / 2**20}), flush=True)
     return 0
 
 

@@ -21,6 +21,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.child import high_water
+
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 TOLERANCE = 0.2
 STEPS = 2  # the moments are there from the second on
@@ -114,7 +116,7 @@ def measure(model: str, name: str) -> dict[str, Any]:
     seconds, lengths = _train(made(config_of(model)) if family else load(model), name)
     return {
         "baseline": baseline,
-        "measured": _high_water() - baseline,
+        "measured": high_water() - baseline,
         "seconds": seconds,
         "completion_tokens": sum(lengths) / len(lengths),
         "threads": torch.get_num_threads(),
@@ -166,14 +168,6 @@ def _train(policy: Any, name: str) -> tuple[float, list[int]]:
 
 def _reward(completion: str, prompt: Any) -> float:
     return float(sum(map(ord, completion)) % 97)
-
-
-def _high_water() -> float:
-    """Bytes of the largest resident set so far."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM"):
-            return float(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM; this benchmark needs Linux")
 
 
 # -- all of them -----------------------------------------------------------------------------------------------------

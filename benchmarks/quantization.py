@@ -13,19 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.llm_compressor import peak_mib
+from benchmarks.child import ROOT, BenchmarkError, answer, high_water
 from benchmarks.run import hardware, rounded
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "quantization.json"
 MODELS = {"smollm2-135m": 64, "lab:mixed": 128}  # columns that share a scale: 128 does not divide SmolLM2's 576
 ZEROS = ("integer", "none")
@@ -82,12 +79,12 @@ def judge(model: str, text: str | None, folder: Path, weights: Path) -> dict[str
     from posttrain.models.load import load
     from posttrain.studies.compression import texts_for
 
-    whole, small = (load(folder / "float", precision="fp32") for _ in range(2))
+    whole, small = load(model, precision="fp32"), load(folder / "float", precision="fp32")
     named = dict(small.base.named_parameters())
     with torch.no_grad():
         for name, weight in load_file(weights).items():
             named[name].copy_(weight)
-    found = predict(small, texts_for(load(model, precision="fp32"), text).unseen(whole, LENGTH), of=whole)
+    found = predict(small, texts_for(whole, text).unseen(whole, LENGTH), of=whole)
     assert found.other is not None
     return {"perplexity": found.perplexity, "float": found.other.perplexity, "kl": found.divergence}
 
@@ -104,7 +101,7 @@ def in_turn(model: str, group: int, zero: str, given: argparse.Namespace, folder
             else:
                 command = [given.peer_python, "-m", "benchmarks.llm_compressor", str(folder / "float")]
                 command += [str(folder / "windows.safetensors"), str(output), str(given.bits), str(group), zero]
-            times[side].append(_answer(command))
+            times[side].append(answer(command, f"{model} by {side}"))
             print(f"{time.strftime('%H:%M:%S')} {model} {zero} {side}: {times[side][-1]}", file=sys.stderr, flush=True)
     found: dict[str, Any] = {"group": group, "zero": zero, "sides": {}}
     for side, output in weights.items():
@@ -118,20 +115,9 @@ def in_turn(model: str, group: int, zero: str, given: argparse.Namespace, folder
     return found
 
 
-def _answer(command: list[str]) -> dict[str, float]:
-    """What a process wrote last; RuntimeError with its last lines where it failed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-15:])
-        raise RuntimeError(f"{' '.join(command[1:3])} ended with code {done.returncode}:\n{last}")
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
-
-
 def worker(folder: str, output: str, bits: str, group: str, zero: str) -> None:
     found = ours(Path(folder), int(bits), int(group), zero, Path(output))
-    found["peak_mib"] = peak_mib()
+    found["peak_mib"] = high_water() / 2**20
     print(json.dumps(found), flush=True)
 
 
@@ -184,7 +170,7 @@ def main() -> int:
                 text = None if model.startswith("lab:") else given.text
                 prepare(model, text, Path(place))
                 found[model] = [in_turn(model, MODELS[model], zero, given, Path(place)) for zero in ZEROS]
-    except RuntimeError as error:
+    except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     show(found)

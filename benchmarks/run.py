@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,19 +18,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.child import ROOT, BenchmarkError, answer
 from benchmarks.measurement import Arm, Measurement, Task
 from benchmarks.summary import CaseResult, fastest, record
 from benchmarks.workload import CASES, MAIN, Case
 
-ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = (Arm("fp32"), Arm("bf16"))
 CUT = tuple(Arm(p.weights, pieces=4) for p in PRECISIONS)  # a batch of rollouts is meant to be cut, and faster so
 CLEARLY = 1.05  # times the fastest arm's seconds, from which on another takes no more turns
 LOSS_TOLERANCE = 0.05  # of the first loss; TRL's SFT loss also counts the line break after a row's end token
-
-
-class BenchmarkError(Exception):
-    """A measurement failed, or the two sides did not do the same work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,19 +101,8 @@ def measure(task: Task) -> Measurement:
 
 
 def work(task: Task) -> dict[str, Any]:
-    """What a worker printed last: its answer.
-
-    Raises:
-        BenchmarkError: the worker failed; the message ends with the last lines it wrote.
-    """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "benchmarks.worker", task.json]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = "\n".join(done.stderr.strip().splitlines()[-20:])
-        raise BenchmarkError(f"the worker for {task} ended with code {done.returncode}:\n{last}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    """A worker's answer."""
+    return answer([sys.executable, "-m", "benchmarks.worker", task.json], f"the worker for {task}")
 
 
 def check_same_work(case: Case, ours: Measurement, theirs: Measurement) -> None:

@@ -178,6 +178,15 @@ class _Endless:
         return getattr(self._tokenizer, name)
 
 
+def endless(name: str, dtype: torch.dtype, rows: int) -> tuple[CausalPolicy, Method]:
+    """A policy whose completions have all of their tokens, and a step of GRPO that decodes so many at once."""
+    policy = real(name, dtype)
+    policy.tokenizer = _Endless(policy.tokenizer)
+    policy.model.generation_config.eos_token_id = None
+    settings = SMALL | {"steps": 1, "group": 4, "max_tokens": LENGTHS.completion, "rollout_rows": rows}
+    return policy, methods.grpo().with_settings(**settings)
+
+
 def test_the_cache_is_that_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Slots] = []
 
@@ -186,12 +195,7 @@ def test_the_cache_is_that_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> Non
             super().__init__(*sizes)
             kept.append(self)
 
-    method = methods.grpo().with_settings(
-        **SMALL | {"steps": 1}, group=4, max_tokens=LENGTHS.completion, rollout_rows=8
-    )
-    policy = real("normed", torch.float32)
-    policy.tokenizer = _Endless(policy.tokenizer)
-    policy.model.generation_config.eos_token_id = None
+    policy, method = endless("normed", torch.float32, rows=8)
     with ExitStack() as stack:
         stack.callback(monkeypatch.undo)
         monkeypatch.setattr(embedded, "Slots", Kept)
@@ -214,12 +218,7 @@ def test_copies_for_decoding_are_those_that_the_engine_makes(name: str, monkeypa
         made.append(weight.nbytes)
         return packed(weight)
 
-    method = methods.grpo().with_settings(
-        **SMALL | {"steps": 1}, group=4, max_tokens=LENGTHS.completion, rollout_rows=4
-    )
-    policy = real(name, BF16)
-    policy.tokenizer = _Endless(policy.tokenizer)
-    policy.model.generation_config.eos_token_id = None
+    policy, method = endless(name, BF16, rows=4)
     with ExitStack() as stack:
         stack.callback(monkeypatch.undo)
         monkeypatch.setattr(packed_linear, "_packed", noted)

@@ -110,7 +110,7 @@ def made(entry: Entry, given: Given, *, shared: bool = False) -> Compression:
 
 def fitted(entry: Entry, given: Given, policy: CausalPolicy, skip: tuple[str, ...]) -> Given:
     """What was set for a method and, where its own group does not divide the model's layers and none was given, the
-    largest that does; which is said.
+    largest power of two that does; which is said.
     """
     from posttrain.compress.pipeline import fitting_group
 
