@@ -2,7 +2,8 @@
 launcher makes, carries out a list of jobs (JSON) one after the other; `carry_out` does one in this process.
 
 A job: `kind` (see KINDS), `shard`, `folder` for checkpoints, `after` how many steps it stops, `out` where metrics and
-weights go (each process writes its own). One with a `recipe` is a whole run in `folder`.
+weights go (each process writes its own). One with a `recipe` is a whole run in `folder`; one that `saves` writes a
+model in each process, below that folder.
 """
 
 from __future__ import annotations
@@ -117,7 +118,10 @@ def main(file: str) -> None:
         if "recipe" in job:
             whole_run(job)
             continue
-        start(job["shard"])
+        start(job.get("shard"))
+        if "saves" in job:
+            make_policy().save(Path(job["saves"]) / str(here().rank))
+            continue
         metrics, weights = carry_out(job)
         out = Path(job["out"])
         save_file(weights, out.with_suffix(f".{here().rank}.safetensors"))

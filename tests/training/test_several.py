@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from several import KINDS, SMALL, carry_out, whole_run
 
 from conftest import make_model, make_tokenizer
+from posttrain.models.load import load
 from posttrain.objective.batch import Batch
 from posttrain.recipe import load_recipe
 from posttrain.run import execute, resume_run
@@ -98,6 +99,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         carry_out({"kind": kind, "folder": where, "after": 2})
         jobs.append({"kind": kind, "shard": shard, "folder": where, "out": where})
     jobs.append({"recipe": recipe(str(folder / "model")), "folder": str(folder / "run"), "shard": FSDP})
+    jobs.insert(0, {"saves": str(folder / "saved")})
     together(jobs, folder)
     yield folder
     shutil.rmtree(folder)
@@ -170,6 +172,13 @@ def test_two_processes_go_on_with_what_one_saved(kind: str, shard: bool, place: 
     found = result(place / f"by-one-{kind}")
     assert len(found[0]) == 2, "it went on and did not begin again"
     assert_close(found, one(kind, alone), kind)
+
+
+def test_each_process_can_write_a_model(place: Path) -> None:
+    """As the one that is first at an empty cache does, whichever of them it is."""
+    first, second = (load(place / "saved" / str(rank), precision="fp32") for rank in range(2))
+    weights = second.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in first.model.state_dict().items())
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from posttrain.lab import haste
 from posttrain.lab import images as world
 from posttrain.lab.cache import kept
+from posttrain.models.saving import save_model
 
 ACCURACY, MEASURED = "accuracy.json", 1000
 STREAM = 1_000_003  # between the seeds of the images that two models are trained on
@@ -63,7 +64,7 @@ def vision_model(spec: VisionSpec = PATTERNS, seed: int | None = None) -> Any:
     def make(scratch: Path) -> Path:
         steps = min(spec.steps, haste.STEPS) if haste.is_hasty() else spec.steps
         model, folder = trained(dataclasses.replace(spec, steps=steps)), scratch / "model"
-        model.save_pretrained(folder)
+        save_model(model, folder)
         (folder / ACCURACY).write_text(json.dumps({"accuracy": accuracy(model, MEASURED)}) + "\n")
         return folder
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from posttrain.models.attention import LayerState, packed_attention
 from posttrain.models.packing import pack
 from posttrain.models.routing import routed
+from posttrain.models.saving import save_model
 from posttrain.objective.batch import Batch
 from posttrain.objective.likelihood import Likelihood
 from posttrain.objective.logprob import Divergence, Head, token_statistics
@@ -286,19 +287,7 @@ class CausalPolicy:
 
     def save_weights(self, folder: Path) -> None:
         """Weights (adapters merged) and configurations alone."""
-        model: Any = self.merged()
-        try:
-            model.save_pretrained(folder, safe_serialization=True)
-        except ValueError:
-            # a temperature without sampling, as some published models have it, which older transformers do not write
-            generation = getattr(model, "generation_config", None)
-            if generation is None or generation.do_sample:
-                raise
-            before, generation.do_sample = generation.do_sample, True
-            try:
-                model.save_pretrained(folder, safe_serialization=True)
-            finally:
-                generation.do_sample = before
+        save_model(self.merged(), folder)
 
 
 @contextmanager

