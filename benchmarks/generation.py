@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,11 +55,10 @@ LOADS = {
 
 @dataclass(slots=True)
 class Generated:
-    """seconds: of the call; lengths: of each prompt's completions, tokens; peak_mib: of the process."""
+    """seconds: of the call; lengths: of each prompt's completions, tokens."""
 
     seconds: float
     lengths: list[list[int]]
-    peak_mib: float
 
     @property
     def rate(self) -> float:
@@ -70,74 +69,90 @@ class Generated:
 # One measurement
 
 
-def prompt_tokens(load: Load, vocabulary: int, seed: int = 0) -> list[list[int]]:
-    """Token ids drawn by seed from the plain words of the vocabulary: text without an end in sight."""
+# prompts' tokens, completions of each, tokens at most -> the lengths of each prompt's completions
+Sampler = Callable[[list[list[int]], int, int], list[list[int]]]
+
+
+def prompt_tokens(load: Load, vocabulary: int, use: str = "timed") -> list[list[int]]:
+    """Token ids drawn from the plain words of the vocabulary: text without an end in sight. Other ones for each load
+    and use, so that no side finds a prompt in its cache."""
     import random
 
-    draw = random.Random(seed)
+    draw = random.Random(f"{load.name} {use}")
     return [[draw.randrange(vocabulary // 8, vocabulary) for _ in range(load.length)] for _ in range(load.prompts)]
 
 
-def ours(load: Load, folder: str) -> tuple[float, list[list[int]]]:
+def ours(folder: str, longest: int) -> tuple[Sampler, int]:
     import torch
 
-    from posttrain.models.load import load as load_model
+    from posttrain.models.load import load
     from posttrain.rollout.embedded import EmbeddedEngine
     from posttrain.trajectory import Prompt, Sampling
 
-    policy = load_model(folder, precision="bf16")
+    policy = load(folder, precision="bf16")
     engine = EmbeddedEngine(policy)
-    drawn = prompt_tokens(load, len(policy.tokenizer))
-    prompts = [Prompt(torch.tensor(tokens), key=i) for i, tokens in enumerate(drawn)]
-    engine.generate(prompts[:2], 1, Sampling(max_tokens=4), seed=1)
-    begun = time.perf_counter()
-    found = engine.generate(prompts, load.samples, Sampling(max_tokens=load.tokens), seed=0)
-    seconds = time.perf_counter() - begun
-    return seconds, [[len(c.tokens) for c in completions] for completions in found]
+
+    def sample(given: list[list[int]], count: int, tokens: int) -> list[list[int]]:
+        prompts = [Prompt(torch.tensor(each), key=i) for i, each in enumerate(given)]
+        found = engine.generate(prompts, count, Sampling(max_tokens=tokens), seed=0)
+        return [[len(c.tokens) for c in completions] for completions in found]
+
+    return sample, len(policy.tokenizer)
 
 
-def transformers(load: Load, folder: str) -> tuple[float, list[list[int]]]:
+def transformers(folder: str, longest: int) -> tuple[Sampler, int]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    given = torch.tensor(prompt_tokens(load, len(tokenizer)))
+    ends = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id)
     options: dict[str, Any] = {
         "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
 
-    def sample(inputs: torch.Tensor, count: int, tokens: int) -> torch.Tensor:
+    @torch.inference_mode()
+    def sample(given: list[list[int]], count: int, tokens: int) -> list[list[int]]:
+        inputs = torch.tensor(given)
         mask = torch.ones_like(inputs)
-        return model.generate(inputs, attention_mask=mask, num_return_sequences=count, max_new_tokens=tokens, **options)
+        found = model.generate(
+            inputs, attention_mask=mask, num_return_sequences=count, max_new_tokens=tokens, **options
+        )[:, inputs.shape[1] :]
+        is_end = torch.isin(found, ends)
+        first = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, found.shape[1])
+        lengths: list[list[int]] = first.view(len(given), count).tolist()
+        return lengths
 
-    with torch.inference_mode():
-        sample(given[:2], 1, 4)
-        begun = time.perf_counter()
-        found = sample(given, load.samples, load.tokens)[:, load.length :]
-        seconds = time.perf_counter() - begun
-    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    is_end = torch.isin(found, torch.tensor(ends))
-    first = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, found.shape[1])
-    return seconds, first.view(load.prompts, load.samples).tolist()
+    return sample, len(tokenizer)
 
 
-def vllm(load: Load, folder: str) -> tuple[float, list[list[int]]]:
+def vllm(folder: str, longest: int) -> tuple[Sampler, int]:
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found, unused-ignore]
 
-    engine = LLM(folder, dtype="bfloat16", max_model_len=load.length + load.tokens, seed=0, disable_log_stats=True)
-    drawn = prompt_tokens(load, len(engine.get_tokenizer()))
-    given = [{"prompt_token_ids": tokens} for tokens in drawn]
+    engine = LLM(folder, dtype="bfloat16", max_model_len=longest, seed=0, disable_log_stats=True)
 
-    def sample(inputs: list[Any], count: int, tokens: int) -> list[Any]:
+    def sample(given: list[list[int]], count: int, tokens: int) -> list[list[int]]:
+        prompts = [{"prompt_token_ids": each} for each in given]
         wanted = SamplingParams(n=count, temperature=1.0, top_k=0, top_p=1.0, max_tokens=tokens, logprobs=0)
-        return list(engine.generate(inputs, wanted, use_tqdm=False))
+        found = engine.generate(prompts, wanted, use_tqdm=False)
+        return [[len(c.token_ids) for c in out.outputs] for out in found]
 
-    sample(given[:2], 1, 4)
-    begun = time.perf_counter()
-    found = sample(given, load.samples, load.tokens)
-    return time.perf_counter() - begun, [[len(c.token_ids) for c in out.outputs] for out in found]
+    return sample, len(engine.get_tokenizer())
+
+
+def measured(side: Side, loads: Sequence[Load], folder: str) -> list[Generated]:
+    """Each load by one engine, warmed up by a few tokens of its kind."""
+    start = {"ours": ours, "transformers": transformers, "vllm": vllm}[side]
+    sample, vocabulary = start(folder, max(load.length + load.tokens for load in loads))
+    found = []
+    for load in loads:
+        given = prompt_tokens(load, vocabulary)
+        sample(prompt_tokens(load, vocabulary, "warm-up")[:2], 1, 4)
+        begun = time.perf_counter()
+        lengths = sample(given, load.samples, load.tokens)
+        found.append(Generated(time.perf_counter() - begun, lengths))
+    return found
 
 
 def machine(folder: str) -> dict[str, Any]:
@@ -160,27 +175,26 @@ def machine(folder: str) -> dict[str, Any]:
     return {"size": asdict(size), "bytes": read, "bandwidth": big.nbytes / best, "throughput": throughput}
 
 
-def worker(side: Side, load: Load, folder: str) -> None:
-    import resource
+def worker(side: Side, loads: Sequence[Load], folder: str) -> None:
     import warnings
 
     warnings.simplefilter("ignore")
     if side == "machine":
-        print(json.dumps(machine(folder)), flush=True)
-        return
-    seconds, lengths = {"ours": ours, "transformers": transformers, "vllm": vllm}[side](load, folder)
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
-    print(json.dumps(asdict(Generated(seconds, lengths, peak))), flush=True)
+        found: Any = machine(folder)
+    else:
+        found = [asdict(each) for each in measured(side, loads, folder)]
+    print(json.dumps({"found": found}), flush=True)
 
 
 # The run
 
 
-def run(side: Side, load: Load, folder: str, python: str = sys.executable) -> dict[str, Any]:
+def run(side: Side, loads: Sequence[Load], folder: str, python: str = sys.executable) -> Any:
     """What a process of its own answered."""
     on_cpu = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "ERROR"} if side == "vllm" else None
-    command = [python, "-m", "benchmarks.generation", "--worker", side, "--loads", load.name, "--folder", folder]
-    return answer(command, f"{load.name} by {side}", on_cpu)
+    names = [load.name for load in loads]
+    command = [python, "-m", "benchmarks.generation", "--worker", side, "--folder", folder, "--loads", *names]
+    return answer(command, f"generation by {side}", on_cpu)["found"]
 
 
 def roofline_seconds(about: dict[str, Any], load: Load, lengths: list[list[int]]) -> float:
@@ -195,25 +209,28 @@ def roofline_seconds(about: dict[str, Any], load: Load, lengths: list[list[int]]
 
 
 def measure(loads: Sequence[Load], sides: dict[Side, str], folder: str, repetitions: int) -> dict[str, Any]:
-    about = run("machine", loads[0], folder)
+    """All loads by each side, side by side in every repetition: a process of its own, since vLLM takes minutes to
+    start and its memory is wanted by the next."""
+    about = run("machine", loads, folder)
+    times: dict[Side, list[list[Generated]]] = {side: [] for side in sides}
+    for _ in range(repetitions):
+        for side, python in sides.items():
+            times[side].append([Generated(**each) for each in run(side, loads, folder, python)])
+            rates = ", ".join(f"{load.name} {g.rate:,.0f}" for load, g in zip(loads, times[side][-1], strict=True))
+            print(f"{time.strftime('%H:%M:%S')} {side}, tokens/s: {rates}", file=sys.stderr)
     found: dict[str, Any] = {"machine": about, "loads": {}}
-    for load in loads:
-        times: dict[Side, list[Generated]] = {side: [] for side in sides}
-        for _ in range(repetitions):
-            for side, python in sides.items():
-                times[side].append(Generated(**run(side, load, folder, python)))
-                last = times[side][-1]
-                print(f"{time.strftime('%H:%M:%S')} {load.name} {side}: {last.rate:,.0f} tokens/s", file=sys.stderr)
+    for number, load in enumerate(loads):
         entry: dict[str, Any] = {}
-        for side, each in times.items():
-            ratios = [a.rate / b.rate for a, b in zip(times["ours"], each, strict=True)]
+        own = [turn[number] for turn in times["ours"]]
+        for side, turns in times.items():
+            each = [turn[number] for turn in turns]
+            ratios = [a.rate / b.rate for a, b in zip(own, each, strict=True)]
             floor = [g.seconds / roofline_seconds(about, load, g.lengths) for g in each]
             entry[side] = {
                 "rate": statistics.median(g.rate for g in each),
                 "ratio": [statistics.median(ratios), min(ratios), max(ratios)],
                 "wanted": load.wanted(side),
                 "roofline": statistics.median(floor),
-                "peak_mib": max(g.peak_mib for g in each),
                 "tokens": sum(map(sum, each[0].lengths)),
             }
         found["loads"][load.name] = entry
@@ -225,7 +242,7 @@ def show(found: dict[str, Any], left_out: Sequence[str]) -> None:
     from rich.table import Table
 
     table = Table(title=r"Generation: completion tokens/s, ours over theirs \[least, most]", title_justify="left")
-    for column in ("load", "side", "tokens/s", "ratio", "wanted", "× roofline", "peak MiB"):
+    for column in ("load", "side", "tokens/s", "ratio", "wanted", "× roofline"):
         table.add_column(column, justify="left" if column in ("load", "side") else "right", no_wrap=True)
     for name, sides in found["loads"].items():
         for side, entry in sides.items():
@@ -241,7 +258,6 @@ def show(found: dict[str, Any], left_out: Sequence[str]) -> None:
                 ratio,
                 wanted,
                 f"{entry['roofline']:.1f}",
-                f"{entry['peak_mib']:,.0f}",
             )
     console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table)
@@ -252,7 +268,7 @@ def show(found: dict[str, Any], left_out: Sequence[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generation", description="Generation beside peers.")
     parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS))
-    parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="the first load, once: does it run?")
     parser.add_argument("--model", default="smollm2-135m", help="a bundled model or a folder (default smollm2-135m)")
     parser.add_argument("--vllm-python", default=str(ROOT / ".venv-vllm" / "bin" / "python"), metavar="PATH")
@@ -261,7 +277,7 @@ def main() -> int:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        worker(given.worker, LOADS[given.loads[0]], given.folder)
+        worker(given.worker, [LOADS[name] for name in given.loads], given.folder)
         return 0
     loads = [LOADS[name] for name in given.loads]
     if given.quick:

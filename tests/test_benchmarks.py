@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,6 @@ from benchmarks.summary import CaseResult
 from benchmarks.workload import CASES
 
 from conftest import make_model, make_tokenizer
-
-Sampler = Callable[[generation.Load, str], tuple[float, list[list[int]]]]
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -34,17 +31,29 @@ def test_a_case_takes_its_steps(name: str, tmp_path: Path) -> None:
     assert steps[0].ended < steps[1].ended
 
 
-@pytest.mark.parametrize("side", [generation.ours, generation.transformers])
-def test_both_sides_of_the_generation_benchmark_sample_what_is_asked(side: Sampler, tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", ["ours", "transformers"])
+def test_sides_of_the_generation_benchmark_sample_what_is_asked(side: generation.Side, tmp_path: Path) -> None:
     make_model(max_position_embeddings=256).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    load = generation.Load("tiny", prompts=3, samples=2, length=5, tokens=4)
+    loads = [
+        generation.Load("tiny", prompts=3, samples=2, length=5, tokens=4),
+        generation.Load("other", prompts=2, samples=1, length=7, tokens=2),
+    ]
 
-    seconds, lengths = side(load, str(tmp_path))
+    found = generation.measured(side, loads, str(tmp_path))
 
-    assert seconds > 0
-    assert [len(row) for row in lengths] == [2, 2, 2]
-    assert all(1 <= length <= 4 for row in lengths for length in row)
+    for load, generated in zip(loads, found, strict=True):
+        assert generated.seconds > 0
+        assert [len(row) for row in generated.lengths] == [load.samples] * load.prompts
+        assert all(1 <= length <= load.tokens for row in generated.lengths for length in row)
+
+
+def test_no_prompt_of_the_generation_benchmark_is_met_twice() -> None:
+    loads = [generation.Load(name, prompts=8, samples=1, length=4, tokens=1) for name in ("one", "other")]
+    drawn = [
+        tuple(p) for load in loads for use in ("warm-up", "timed") for p in generation.prompt_tokens(load, 999, use)
+    ]
+    assert len(set(drawn)) == len(drawn) == 32
 
 
 def test_the_roofline_of_generation_is_the_larger_of_work_and_reading() -> None:
