@@ -18,6 +18,7 @@ from posttrain.models.adapters import add_lora
 from posttrain.models.causal import CausalPolicy
 from posttrain.objective.batch import Batch
 from posttrain.objective.likelihood import Likelihood
+from posttrain.training import loop
 from posttrain.training.collect import Collected
 from posttrain.training.loop import Trainer
 from posttrain.training.method import Method
@@ -473,6 +474,24 @@ def test_a_stop_leaves_a_checkpoint_of_the_step(tmp_path: Path) -> None:
     again = offline(method, demonstrations(), make_policy(), folder=tmp_path)
     assert again.run().progress.step == 6
     assert same(weights(again.policy), weights(whole.policy))
+
+
+@pytest.mark.parametrize(("every", "kept"), [(50, ["step-00000003"]), (0, [])])
+def test_a_checkpoint_is_also_written_where_there_was_none_for_long(
+    every: int, kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = methods.sft().with_settings(**FAST, batch=4, steps=4, checkpoint_every=every)
+    trainer = offline(method, demonstrations(), folder=tmp_path)
+    advance = trainer.advance
+
+    def slow() -> dict[str, float]:
+        if trainer.progress.step == 2:  # as if the third step took long
+            monkeypatch.setattr(loop, "WITHOUT_CHECKPOINT", 0.0)
+        return advance()
+
+    monkeypatch.setattr(trainer, "advance", slow)
+    trainer.run()
+    assert [p.name for p in tmp_path.glob("step-*")] == kept
 
 
 # -- losses that are not finite ----------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from posttrain.training.signals import Reference, full_reference, load_teacher, 
 from posttrain.training.track import Tracker
 from posttrain.trajectory import PosttrainError
 
+WITHOUT_CHECKPOINT = 600.0  # seconds: at most as much (and a step) of a killed run is to be done again
 Evaluator = Callable[["Trainer"], dict[str, float]]  # held-out figures; `heldout_accuracy` (or -`heldout_loss`) decides
 
 
@@ -69,7 +70,7 @@ class Trainer:
         self.objective, self.settings = copy.deepcopy(method.objective), method.settings  # parts may have state
         self.folder, self.seed, self.evaluator, self.stop = folder, seed, evaluator, stop
         self.tracker = tracker or Tracker.silent()
-        self.progress = Progress()
+        self.progress, self._saved = Progress(), time.monotonic()
         needs = self.objective.needs
         check(policy, method, source, judged=evaluator is not None)
         following = (method.reference_decay, method.reference_every)
@@ -151,8 +152,7 @@ class Trainer:
                 if self._evaluate_and_decide():
                     status = "early"
                     break
-                every = self.settings.checkpoint_every
-                if every and self.progress.step % every == 0 and self.progress.step < self.total:
+                if self.progress.step < self.total and self._save_is_due():
                     self.save()
             if status == "interrupted":
                 self.save()
@@ -376,6 +376,13 @@ class Trainer:
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
+    def _save_is_due(self) -> bool:
+        """By the number of steps, or because there was none for long: what a killed run has to do again is bounded."""
+        every = self.settings.checkpoint_every
+        if not every:
+            return False
+        return any_of(time.monotonic() - self._saved > WITHOUT_CHECKPOINT) or self.progress.step % every == 0
+
     def save(self) -> None:
         """Write a checkpoint of everything that the rest of the stage depends on."""
         if self.folder is None:
@@ -394,6 +401,7 @@ class Trainer:
         if self.weights is not None:
             tensors |= self.weights.tensors()
         checkpoint.save(self.folder, self.progress.step, tensors, state)
+        self._saved = time.monotonic()
         self.best.keep(self.progress)
 
     def _resume(self) -> None:

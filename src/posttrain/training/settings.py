@@ -28,8 +28,9 @@ class Settings:
     `token_budget` model tokens are computed at a time, and with `checkpointing` layers keep their inputs alone and are
     computed again in the backward pass (memory and time; never the result).
     Evaluation: every `evaluate_every` steps on `evaluate_limit` held-out prompts; training stops after `patience`
-    evaluations without a better one and keeps the best weights. `checkpoint_every` steps, `max_skipped` steps in a row
-    with a loss that is not finite, or with such a gradient.
+    evaluations without a better one and keeps the best weights.
+    Safety: a checkpoint every `checkpoint_every` steps, and after ten minutes without one (0: never); `max_skipped`
+    steps in a row with a loss that is not finite, or with such a gradient, end the run.
     """
 
     steps: int | None = None
