@@ -39,7 +39,7 @@ class Load:
     vllm: float | None = None
 
     def wanted(self, side: Side) -> float | None:
-        return self.transformers if side == "transformers" else self.vllm
+        return {"transformers": self.transformers, "vllm": self.vllm}.get(side)
 
 
 LOADS = {
