@@ -39,6 +39,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "plane_product": (_P, _P, _P, _L, _L, _L, _I, _I, _P, _I, _P, _P, _L, _P),
     "planes": (_P, _L, _L, _I, _P),
     "ternary_product": (_P, _P, _I, _L, _L, _L, _P, _I, _L, _L, _P),
+    "nearest": (_P, _P, _L, _L, _L, _P),
     "vector_product": (_P, _P, _P, _L, _L, _I, _I, _I, _P, _L, _P),
 }
 _SERIAL = ("planes",)  # take a level, but no threads

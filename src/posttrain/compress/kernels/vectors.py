@@ -1,4 +1,6 @@
-"""Products of vector codes: several weights of a column share an index into a table of vectors (`packed.vector`)."""
+"""Vector codes: several weights of a column share an index into a table of vectors (`packed.vector`). Their
+products, and the search for the nearest entry of a table.
+"""
 
 from __future__ import annotations
 
@@ -42,3 +44,17 @@ def vector_product(
         address(x), count, address(out), work=rows * columns,
     )  # fmt: skip
     return out
+
+
+def nearest_entries(vectors: Tensor, table: Tensor) -> Tensor:
+    """`[n, v]` and `[k, v]` fp32 -> `[n]` int64: the entry nearest to each vector (of equals the first)."""
+    count, width = vectors.shape
+    if table.shape[1] != width or vectors.dtype != torch.float32 or table.dtype != torch.float32:
+        raise mismatch(f"vectors {list(vectors.shape)} {vectors.dtype}, table {list(table.shape)} {table.dtype}")
+    given, entries = vectors.contiguous(), table.contiguous()
+    found = torch.empty(count, dtype=torch.int64)
+    call(
+        "nearest", address(given), address(entries), count, len(entries), width, address(found),
+        work=count * len(entries) * width,
+    )  # fmt: skip
+    return found

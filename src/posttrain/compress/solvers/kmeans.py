@@ -7,11 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # distances held at a time
+from posttrain.compress.kernels.library import there_for
+from posttrain.compress.kernels.vectors import nearest_entries
+
+CHUNK = 1 << 16  # distances held at a time: they are to stay in a core's cache
 
 
 def nearest(vectors: Tensor, table: Tensor) -> Tensor:
-    """`[n, v]` and `[k, v]` -> `[n]` int64: the row of the table nearest to each vector (the first of equal ones)."""
+    """`[n, v]` and `[k, v]` fp32 -> `[n]` int64: the row of the table nearest to each vector (the first of equals)."""
+    if there_for(vectors, table):
+        return nearest_entries(vectors, table)
     half = table.square().sum(1) / 2
     rows = max(1, CHUNK // len(table))
     found = [torch.addmm(half, part, table.T, alpha=-1.0).min(1).indices for part in vectors.split(rows)]
