@@ -80,6 +80,20 @@ def test_trained_then_compressed(model: str, tmp_path: Path) -> None:
     assert '<th scope="col">size</th>' in page
 
 
+def test_a_usual_group_that_does_not_divide_gives_way_and_says_so(tmp_path: Path) -> None:
+    make_model(hidden_size=192, intermediate_size=256).save_pretrained(tmp_path / "wide")
+    make_tokenizer().save_pretrained(tmp_path / "wide")
+    go(recipe(str(tmp_path / "wide"), {"rtn": {"bits": 4}}), tmp_path / "run")
+    kept = state(tmp_path / "run")
+    assert kept["stages"][0]["compression"]["bits"] == pytest.approx(4 + 20 / 64)
+    (note,) = [note for note in kept["notes"] if note.startswith("rtn: ")]
+    assert note.startswith(
+        "rtn: its groups of 128 do not divide all layers; taking 64; 14 layers of 4.31 bits a weight"
+    )
+    with pytest.raises(PosttrainError, match="group 128 does not divide the 192 input columns"):
+        go(recipe(str(tmp_path / "wide"), {"rtn": {"bits": 4, "group": 128}}), tmp_path / "strict")
+
+
 def test_without_a_task_or_text_it_is_rounded(model: str, tmp_path: Path) -> None:
     run = go(recipe(model, {"rtn": {"bits": 8, "group": 0, "skip": "*.down_proj"}}, task=None), tmp_path / "run")
     (stage,) = state(tmp_path / "run")["stages"]

@@ -12,12 +12,12 @@ import torch
 
 from posttrain.compress.calibrate import calibration_batches, text_of
 from posttrain.compress.method import Calibrated, Compression
-from posttrain.compress.pipeline import fitting_group
 from posttrain.compress.policy import CompressedPolicy, compressed_copy
 from posttrain.evaluation.evaluate import evaluate as evaluate_engine
 from posttrain.evaluation.evaluation import Evaluation
 from posttrain.evaluation.task import Task
 from posttrain.evaluation.tasks import task_from
+from posttrain.methods.fitting import fitted
 from posttrain.methods.registry import find
 from posttrain.models.causal import CausalPolicy
 from posttrain.models.load import load
@@ -241,8 +241,7 @@ def quantize(
     """
     from posttrain.studies.compression import texts_for
 
-    entry = find(method) if isinstance(method, str) else None
-    made = entry.function(**arguments) if entry is not None else method
+    made = find(method).function(**arguments) if isinstance(method, str) else method
     if not isinstance(made, Compression):
         name = method if isinstance(method, str) else getattr(method, "name", repr(method))
         raise PosttrainError(f"quantize: {name} does not compress; use train for it, or give a method such as gptq")
@@ -251,11 +250,10 @@ def quantize(
     usual = made.calibration
     much = Calibrated(usual.samples if samples is None else samples, usual.length if length is None else length)
     policy = model if isinstance(model, CausalPolicy) else load(model)
-    if entry is not None and isinstance(group := entry.parameters.get("group"), int) and "group" not in arguments:
-        fits = fitting_group(policy.base, group, (*made.skip, *skip))
-        if fits != group:
-            warnings.warn(f"{made.name}: groups of {group} do not divide all layers; taking {fits}", stacklevel=2)
-            made = entry.function(**arguments, group=fits)
+    if isinstance(method, str):
+        made, said = fitted(made, arguments, policy.base, skip)
+        if said is not None:
+            warnings.warn(said, stacklevel=2)
     if calibration is None:
         batches = texts_for(policy).batches(policy, much, seed)
     else:

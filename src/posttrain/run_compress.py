@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from posttrain.compress.pipeline import Progress, check
 from posttrain.compress.policy import CompressedPolicy, compressed_copy
 from posttrain.compress.walk import PROBE, Batch, uncalled
 from posttrain.evaluation.task import Task
+from posttrain.methods.fitting import fitted
 from posttrain.models.causal import CausalPolicy
 from posttrain.recipe_compress import CompressSpec
 from posttrain.trajectory import PosttrainError
@@ -19,6 +21,7 @@ from posttrain.trajectory import PosttrainError
 
 def check_stage(stage: CompressSpec, policy: CausalPolicy, task: Task | None) -> None:
     """PosttrainError where the stage would fail on this model, told before the stages ahead of it are carried out."""
+    stage, _ = suited(stage, policy)
     check(policy.base, stage.method, (*stage.skip, *uncalled(policy.base, _any_tokens(policy))))
     if stage.method.uses_data and stage.calibration is None and task is not None and not task.train:
         raise PosttrainError(
@@ -33,8 +36,10 @@ def compress_stage(
     """A compressed copy of the policy, and what became of it, as the run folder keeps it.
 
     bits: of a packed weight, everything counted; layers: how many were packed; error: relative Frobenius error of their
-    weights; bytes_before, bytes_after: of the whole model; tokens: of calibration.
+    weights; bytes_before, bytes_after: of the whole model; tokens: of calibration; adapted: what was changed of the
+    method so that it suits the model, in words, or None.
     """
+    stage, said = suited(stage, policy)
     batches = _batches(stage, policy, task, seed)
     made = compressed_copy(policy, stage.method, batches, skip=stage.skip, seed=seed, progress=progress)
     done = made.compression
@@ -46,14 +51,22 @@ def compress_stage(
         "bytes_before": model_bytes(policy.base),
         "bytes_after": model_bytes(made.base),
         "tokens": sum(batch["input_ids"].numel() for batch in batches) if stage.method.uses_data else 0,
+        "adapted": said,
     }
+
+
+def suited(stage: CompressSpec, policy: CausalPolicy) -> tuple[CompressSpec, str | None]:
+    """The stage with a group that divides the policy's layers, where the recipe gives none (see `fitted`)."""
+    method, said = fitted(stage.method, stage.given, policy.base, stage.skip)
+    return replace(stage, method=method), said
 
 
 def in_words(record: dict[str, Any]) -> str:
     """What `compress_stage` tells, in a sentence."""
     text = f"calibrated on {record['tokens']:,} tokens" if record["tokens"] else "without data"
+    name = f"{record['method']}:" if record.get("adapted") is None else f"{record['adapted']};"
     return (
-        f"{record['method']}: {record['layers']} layers of {record['bits']:.2f} bits a weight, {text}; the model takes "
+        f"{name} {record['layers']} layers of {record['bits']:.2f} bits a weight, {text}; the model takes "
         f"{size(record['bytes_after'])} instead of {size(record['bytes_before'])}; relative error of the weights "
         f"{record['error']:.3f}"
     )

@@ -50,7 +50,7 @@ def test_a_groups_default_that_does_not_divide_gives_way_and_says_so(
     given = ("quantize", model, "--calibration", "text.txt", "--length", "64", "--samples", "5")
     code, out, err = call(capsys, *given, "--bits", "3", "--output", "small")
     assert code == 0, err
-    assert f"gptq: its groups of 128 do not divide all layers of {model}; taking 64 (--group)" in err
+    assert "gptq: its groups of 128 do not divide all layers; taking 64 (--group)" in err
     assert told(out)["bits"].startswith("3.297 a weight")  # (16 + 3) / 64 of scale and zero point
     code, _, err = call(capsys, *given, "--group", "128", "--output", "strict")
     assert code != 0
@@ -60,7 +60,7 @@ def test_a_groups_default_that_does_not_divide_gives_way_and_says_so(
     code, out, err = call(capsys, *arguments, "--windows", "3", "--length", "64", "--seeds", "2", "--folder", "both")
     assert code == 0, err
     assert "rtn: its groups of 128 do not divide" in err
-    with pytest.warns(UserWarning, match="rtn: groups of 128 do not divide all layers; taking 64"):
+    with pytest.warns(UserWarning, match="rtn: its groups of 128 do not divide all layers; taking 64"):
         small = quantize_in_python(load(model), "rtn", "text.txt", samples=2, length=64)
     assert small.compression.arguments["group"] == 64
 

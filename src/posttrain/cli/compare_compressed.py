@@ -34,7 +34,7 @@ def compare_compressed(
     holdout: int | None,
 ) -> None:
     """Compress a model by each method at each number of bits, and print what came out."""
-    from posttrain.cli.compression import fitted, given_text
+    from posttrain.cli.compression import fitting, given_text
     from posttrain.cli.train import given_settings
     from posttrain.models.load import load
     from posttrain.studies.compare_compressed import compare_compressed as compare
@@ -48,7 +48,7 @@ def compare_compressed(
     source = None if calibration is None else given_text("--calibration", calibration)
     unseen = None if text is None else given_text("--text", text)
     policy = load(model)
-    made = _methods(entries, given, counts, much, lambda entry, own: fitted(entry, own, policy, skip))
+    made = _methods(entries, given, counts, much, lambda method: fitting(method, given, policy, skip))
     found = compare(
         policy, made, texts_for(policy, source, unseen), task=problems, seeds=seeds, folder=folder, holdout=holdout,
         skip=skip,
@@ -73,7 +73,7 @@ def _methods(
     given: Given,
     bits: list[int | None],
     much: tuple[int, int],
-    fit: Callable[[Entry, Given], Given] = lambda _, own: own,
+    fit: Callable[[Compression], Compression] = lambda method: method,
 ) -> dict[str, Compression]:
     """The methods by the names to show, each with the arguments that it knows, all calibrated on as much text."""
     from posttrain.cli.compression import calibrated, made
@@ -93,6 +93,5 @@ def _methods(
                     raise PosttrainError(f"--bits {count}: {entry.name} takes no bits; leave --bits out, or the method")
                 own["bits"] = (count, f"--bits {count}")
             name = entry.name if len(bits) == 1 else f"{entry.name} {count} bits"
-            method = made(entry, fit(entry, own), shared=True)
-            found[name] = calibrated(method, *much)
+            found[name] = calibrated(fit(made(entry, own, shared=True)), *much)
     return found

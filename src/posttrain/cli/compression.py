@@ -52,8 +52,7 @@ def compress(asked: Asked) -> None:
     unseen = None if asked.text is None else given_text("--text", asked.text)
     policy = load(asked.model)
     check_float(policy)
-    if (given := fitted(entry, asked.given, policy, asked.skip)) != asked.given:
-        method = calibrated(made(entry, given), asked.samples, asked.length)
+    method = fitting(method, asked.given, policy, asked.skip)
     check(policy.base, method, asked.skip)
     texts = texts_for(policy, source, unseen)
     batches = texts.batches(policy, method.calibration, asked.seed)
@@ -108,21 +107,14 @@ def made(entry: Entry, given: Given, *, shared: bool = False) -> Compression:
     return found
 
 
-def fitted(entry: Entry, given: Given, policy: CausalPolicy, skip: tuple[str, ...]) -> Given:
-    """What was set for a method and, where its own group does not divide the model's layers and none was given, the
-    largest power of two that does; which is said.
-    """
-    from posttrain.compress.pipeline import fitting_group
+def fitting(method: Compression, given: Given, policy: CausalPolicy, skip: tuple[str, ...]) -> Compression:
+    """The method with a group that divides the model's layers where none was given (see `fitted`); it says so."""
+    from posttrain.methods.fitting import fitted
 
-    usual = entry.parameters.get("group")
-    if "group" in given or not isinstance(usual, int):
-        return given
-    group = fitting_group(policy.base, usual, (*made(entry, given, shared=True).skip, *skip))
-    if group == usual:
-        return given
-    print(f"{entry.name}: its groups of {usual} do not divide all layers of {policy.name}; taking {group} (--group)",
-          file=sys.stderr)  # fmt: skip
-    return {**given, "group": (group, f"--group {group}")}
+    method, said = fitted(method, given, policy.base, skip)
+    if said is not None:
+        print(f"{said} (--group)", file=sys.stderr)
+    return method
 
 
 def _listed(entry: Entry) -> str:
