@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 from posttrain.studies.study import Arm, Measured, Study
-from posttrain.studies.verdict import AtLeast, AtMost, Better, Expectation, Finding, Lower, Within, overall, student
+from posttrain.studies.verdict import (
+    AtLeast,
+    AtMost,
+    Better,
+    Expectation,
+    Finding,
+    Less,
+    Lower,
+    Within,
+    overall,
+    student,
+)
 from posttrain.trajectory import PosttrainError
 
 T2 = 4.302652729911275  # t(0.975) with two degrees of freedom, from tables
@@ -90,6 +101,25 @@ def test_figures_without_noise() -> None:
 
 def test_rounding_is_no_noise() -> None:
     assert Within("a", "b", "score", 1e-9).judge(arms(a=[0.1 + 0.2, 1, 1], b=[0.3, 1, 1])).verdict == "holds"
+
+
+def test_a_share_is_compared_by_logarithms() -> None:
+    """Ratios of e^-0.5 around 1/2 in models whose figures differ a hundredfold: no difference shows it."""
+    ratios = [math.exp(-0.6), math.exp(-0.5), math.exp(-0.4)]
+    figures = arms(a=[0.01 * ratios[0], ratios[1], 0.1 * ratios[2]], b=[0.01, 1, 0.1])
+    assert Lower("a", "b", "score").judge(figures).verdict == "unclear"
+    found = Less("a", "b", "score").judge(figures)
+    assert found.effect == pytest.approx(-0.5)
+    assert found.high - found.effect == pytest.approx(0.1 * T2 / math.sqrt(3))
+    assert (found.verdict, found.expectation) == ("holds", "log score: a less than b")
+    assert Less("a", "b", "score", share=0.2).judge(figures).verdict == "holds"  # log 0.8 = -0.22
+    assert Less("a", "b", "score", share=0.3).judge(figures).verdict == "unclear"  # -0.36
+    assert Less("a", "b", "score", share=0.6).judge(figures).verdict == "fails"  # -0.92
+    assert Less("b", "a", "score").judge(figures).verdict == "fails"
+    assert str(Less("a", "b", "score", share=0.2)) == "log score: a less than b by more than 20%"
+    nothing = Less("a", "b", "score").judge(arms(a=[0, 1, 1], b=[1, 2, 2]))
+    assert nothing.verdict == "unclear"
+    assert math.isnan(nothing.pvalue)
 
 
 def test_equivalence_has_two_one_sided_tests() -> None:

@@ -84,12 +84,17 @@ class Expectation(ABC):
 
     def judge(self, figures: Figures) -> Finding:
         """Whether it came true. Raises PosttrainError where an arm did not measure the figure."""
-        values = by_seed(figures, self.arm, self.metric)
-        if self.other is not None:
-            values = [a - b for a, b in zip(values, by_seed(figures, self.other, self.metric), strict=True)]
+        values = self.effects(figures)
         mean, interval = student(values)
         verdict, pvalue = _verdict(interval, self.region), _pvalue(values, self.region)
         return Finding(str(self), self.metric, self.why, mean, *interval, pvalue, verdict)
+
+    def effects(self, figures: Figures) -> list[float]:
+        """What the region speaks of, one value a seed: the figure, or its difference from the other arm's."""
+        values = by_seed(figures, self.arm, self.metric)
+        if self.other is None:
+            return values
+        return [a - b for a, b in zip(values, by_seed(figures, self.other, self.metric), strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,35 @@ class Lower(Expectation):
 
     def __str__(self) -> str:
         return f"{self.metric}: {self.arm} lower than {self.than}{_by(self.margin)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Less(Expectation):
+    """`arm` has a smaller figure than `than`, by more than a `share` of it: for figures that are positive, and large in
+    some models and small in others. The effect is the mean logarithm of their ratio.
+    """
+
+    arm: str
+    than: str
+    metric: str
+    share: float = 0.0
+    why: str = ""
+
+    @property
+    def other(self) -> str:
+        return self.than
+
+    @property
+    def region(self) -> Region:
+        return Region(-math.inf, math.log1p(-self.share))
+
+    def effects(self, figures: Figures) -> list[float]:
+        pairs = zip(by_seed(figures, self.arm, self.metric), by_seed(figures, self.than, self.metric), strict=True)
+        return [math.log(a / b) if a > 0 and b > 0 else math.nan for a, b in pairs]
+
+    def __str__(self) -> str:
+        by = f" by more than {self.share:.0%}" if self.share else ""
+        return f"log {self.metric}: {self.arm} less than {self.than}{by}"
 
 
 @dataclass(frozen=True, slots=True)
