@@ -14,6 +14,7 @@ from posttrain.lab import models, text
 from posttrain.lab.models import ModelSpec, Share, World
 from posttrain.models.causal import CausalPolicy
 from posttrain.studies.compression import LabText, compressed, texts_for, uncompressed
+from posttrain.studies.second_look_compression import again
 
 SORT = World("rewriting", {"operation": "sort", "length": (3, 4)})
 TINY = ModelSpec("tiny", SORT, (Share(SORT),), hidden=32, layers=1, heads=2, rows=40, steps=3, batch=8)
@@ -123,3 +124,16 @@ def test_the_real_model_predicts_well_and_can_be_compressed():
     assert found["four"]["accuracy"] > 0.25
     assert found["four"]["perplexity"] < 1.01 * float_perplexity
     assert 1.02 * float_perplexity < found["two"]["perplexity"] < 0.9 * found["nearest"]["perplexity"]
+
+
+def test_again_is_on_seeds_that_the_first_study_did_not_have():
+    first = compressed(methods.rtn(bits=3, group=16), **SMALL)
+    second = again(first)
+    assert second.identity != first.identity
+    found = run(second, seed=1)
+    assert found.figures["float_perplexity"] == pytest.approx(
+        predict(lab.model("tiny", 4), text.heldout(TINY, 10)).perplexity
+    )
+    assert (
+        found.figures["kl"] == run(compressed(methods.rtn(bits=3, group=16), models=5, **SMALL), seed=4).figures["kl"]
+    )
