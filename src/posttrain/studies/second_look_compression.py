@@ -10,9 +10,10 @@ was written, with its rule, before it was run.
 from __future__ import annotations
 
 from posttrain import methods
+from posttrain.studies.allocation import cptquant
 from posttrain.studies.compression import compressed, run_compressed
 from posttrain.studies.low_bit import billm
-from posttrain.studies.reconstruction import cbq
+from posttrain.studies.reconstruction import cbq, l4q, learned_rounding
 from posttrain.studies.registry import study
 from posttrain.studies.study import Arm, Measured, Study
 from posttrain.studies.transforms import awq
@@ -131,5 +132,64 @@ def dmmv_two_bits() -> Study:
             Less("dmmv", than="gptq", metric="kl", why="the paper's main result"),
             Less("dmmv from rtn", than="rtn", metric="kl", why="it looks at data"),
             Within("dmmv", of="gptq", metric="bits", tolerance=1e-6, why="equal bits"),
+        ),
+    )
+
+
+@study(method="brecq", card="000")
+def brecq_again() -> Study:
+    """In the study `learned-rounding` BRECQ lost less than AdaRound in each of three models, hardly within the noise.
+
+    Rule, fixed before the run: by the share of the divergence, AdaRound loses less than rounding to nearest, and BRECQ
+    less than AdaRound.
+    """
+    return Study(
+        claim="On the same levels AdaRound loses less than rounding to nearest, and BRECQ less than AdaRound.",
+        setting=f"As in `learned-rounding`: 2 bits in groups of 64, searched ranges; {AGAIN}",
+        seeds=SEEDS,
+        arms=arms_again(learned_rounding(), "rtn", "adaround", "brecq"),
+        expectations=(
+            Less("adaround", than="rtn", metric="kl", why="errors of a layer's weights cancel"),
+            Less("brecq", than="adaround", metric="kl", why="errors of a block's layers cancel, too"),
+        ),
+    )
+
+
+@study(method="l4q", card="126")
+def l4q_again() -> Study:
+    """The study `l4q` found neither the adapters' part nor that of the steps beyond the noise of three models.
+
+    Rule, fixed before the run: by the share of the divergence, L4Q loses less than its steps alone, and these less than
+    rounding to nearest in the same format.
+    """
+    return Study(
+        claim="At 3 bits, fine-tuning with merged adapters loses less than learning steps alone, and that less than "
+        "rounding to nearest.",
+        setting=f"As in `l4q`: 3 bits with float offsets in groups of 64; {AGAIN}",
+        seeds=SEEDS,
+        arms=arms_again(l4q(), "rtn", "steps alone", "l4q"),
+        expectations=(
+            Less("l4q", than="steps alone", metric="kl", why="weights move as well as steps"),
+            Less("steps alone", than="rtn", metric="kl", why="ranges follow the loss"),
+        ),
+    )
+
+
+@study(method=("cptquant-cca", "cptquant-pruning", "cptquant-taylor"), card="137")
+def cptquant_again() -> Study:
+    """The study `cptquant` told one of its five comparisons from noise, in three models.
+
+    Rule, fixed before the run: by the share of the divergence, each score loses less than its opposite, and pruning and
+    the slope less than equal bits.
+    """
+    scores = ("pruning", "taylor", "cca")
+    return Study(
+        claim="Bits by a layer's sensitivity lose less than equal bits, and than the same bits the wrong way round.",
+        setting=f"As in `cptquant`: a mean of 3 bits; {AGAIN}",
+        seeds=SEEDS,
+        arms=arms_again(cptquant(), "equal", *scores, *(f"{s}, backwards" for s in scores)),
+        expectations=(
+            *(Less(s, than="equal", metric="kl", why="layers differ, and it tells them apart") for s in scores[:2]),
+            *(Less(s, than=f"{s}, backwards", metric="kl", why="the sign of the score is right") for s in scores),
         ),
     )
