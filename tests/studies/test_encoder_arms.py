@@ -20,7 +20,6 @@ FIGURES = {"ranking", "neighbours", "drift", "bits", "error", "seconds"}
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POSTTRAIN_HOME", str(tmp_path))
-    monkeypatch.setattr(studies, "CALIBRATION", 8)
     monkeypatch.setattr(studies, "HELDOUT", 16)
 
 
@@ -31,12 +30,12 @@ def run(arm: Any, seed: int = 0, quick: bool = False) -> dict[str, float]:
 
 
 def test_fewer_bits_drift_further() -> None:
-    eight, two = run(encoded(methods.rtn(8, 0))), run(encoded(methods.rtn(2, 0)))
-    assert set(eight) == FIGURES == set(run(encoded(methods.rtn(8, 0)), quick=True))
+    eight, two = run(encoded(methods.rtn(8, 0), calibration=8)), run(encoded(methods.rtn(2, 0), calibration=8))
+    assert set(eight) == FIGURES == set(run(encoded(methods.rtn(8, 0), calibration=8), quick=True))
     assert 0 < eight["drift"] < 0.01 * two["drift"]
     assert eight["ranking"] > two["ranking"]
     assert eight["ranking"] > 0.99
-    assert run(encoded(methods.rtn(2, 0)))["drift"] == two["drift"]
+    assert run(encoded(methods.rtn(2, 0), calibration=8))["drift"] == two["drift"]
 
 
 def test_text_follows_the_seed_and_calibration_is_apart_from_what_is_measured() -> None:
@@ -48,8 +47,8 @@ def test_text_follows_the_seed_and_calibration_is_apart_from_what_is_measured() 
         assert len(set(heldout)) == 40
         assert set(calibration) <= set(sentences()[:middle])
         assert set(heldout) <= set(sentences()[middle:])
-    arm = encoded(methods.gptq(3, 16))
-    assert run(arm, 0)["drift"] != run(arm, 1)["drift"]
+    arm = encoded(methods.gptq(3, 16), calibration=8)
+    assert run(arm, 0)["drift"] != run(arm, 1)["drift"] != run(encoded(methods.gptq(3, 16), calibration=9), 1)["drift"]
 
 
 def test_agreement_knows_equal_and_reversed_rankings() -> None:

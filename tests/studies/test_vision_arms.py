@@ -13,6 +13,7 @@ from posttrain.lab import vision
 from posttrain.lab.images import images
 from posttrain.lab.vision import VisionSpec, logits
 from posttrain.studies import vision as studies
+from posttrain.studies.second_look_compression import again
 from posttrain.studies.vision import large_norm_channels, quantized
 
 TINY = VisionSpec("tiny", hidden=32, layers=2, heads=4, steps=3, batch=8)
@@ -50,6 +51,15 @@ def test_calibration_follows_the_seed_beyond_the_model():
     one, other = (run(arm, seed).figures for seed in (0, 3))
     assert one["float_accuracy"] == other["float_accuracy"]
     assert one["kl"] != other["kl"]
+
+
+def test_another_number_of_models_and_of_images():
+    plain, method = quantized(methods.dopq_vit()), methods.dopq_vit()
+    one, other = (run(quantized(method, models=2), seed).figures for seed in (0, 2))
+    assert one["float_accuracy"] == other["float_accuracy"] != run(plain, 2).figures["float_accuracy"]
+    assert run(quantized(method, calibration=8)).figures["kl"] != run(plain).figures["kl"]
+    second = again(plain, calibration=8)
+    assert run(second).figures["kl"] == run(quantized(method, models=6, calibration=8), seed=3).figures["kl"]
 
 
 def test_planted_channels_leave_the_function():

@@ -255,7 +255,7 @@ BALANCED = SelfBalanced(128)
 
 
 @torch.no_grad()
-def _imbalance(policy: CausalPolicy, calibration: Calibrated) -> dict[str, float]:
+def text_imbalance(policy: CausalPolicy, calibration: Calibrated) -> dict[str, float]:
     """`imbalance`: of the float model's experts, on calibration text as the arm has it."""
     model = copy.deepcopy(policy.base)
     unfuse(model)
@@ -264,19 +264,19 @@ def _imbalance(policy: CausalPolicy, calibration: Calibrated) -> dict[str, float
 
 
 def on_pages(small: CompressedPolicy, policy: CausalPolicy) -> dict[str, float]:
-    return _imbalance(policy, Calibrated())
+    return text_imbalance(policy, Calibrated())
 
 
 def on_one_subject(small: CompressedPolicy, policy: CausalPolicy) -> dict[str, float]:
-    return _imbalance(policy, OneSubject())
+    return text_imbalance(policy, OneSubject())
 
 
 def on_likely_text(small: CompressedPolicy, policy: CausalPolicy) -> dict[str, float]:
-    return _imbalance(policy, LIKELY)
+    return text_imbalance(policy, LIKELY)
 
 
 def on_balanced_text(small: CompressedPolicy, policy: CausalPolicy) -> dict[str, float]:
-    return _imbalance(policy, BALANCED)
+    return text_imbalance(policy, BALANCED)
 
 
 @study(method="moequant", card="149")
@@ -298,7 +298,7 @@ def moequant() -> Study:
     def arm(extra: Extra, affinity: bool, calibration: Calibrated | None = None) -> Arm:
         made = methods.moequant(BITS, 32, zero="integer", affinity=affinity, balanced=False)
         made = made if calibration is None else made.replace(calibration=calibration)
-        return compressed(made, model="mixed-moe", extra=extra, depends=(_imbalance,))
+        return compressed(made, model="mixed-moe", extra=extra, depends=(text_imbalance,))
 
     return Study(
         claim="Calibrated on its own text that uses experts alike, weighed by affinity, a mixture loses less than by "

@@ -26,7 +26,7 @@ MODEL = (
 DRAWS = 5
 
 
-def encoded(method: Compression) -> Arm:
+def encoded(method: Compression, *, calibration: int = CALIBRATION) -> Arm:
     """An arm that compresses the encoder's blocks by `method`, in fp32, and measures it beside the encoder as it was.
 
     There is one such model, so seeds are draws of text: calibration sentences of the story's first half, held-out ones
@@ -34,16 +34,20 @@ def encoded(method: Compression) -> Arm:
     pairs of held-out sentences, as the float and the compressed encoder see them), `neighbours` (share of sentences
     whose most similar one stays the same), `drift` (mean of one minus the cosine between a sentence's two embeddings),
     `bits` (stored, of a packed weight), `error` (relative, of a layer's weights, mean), `seconds`.
+
+    calibration: sentences of it.
     """
-    return Arm(run_encoded, {"method": method, "model": REQUIREMENT})
+    return Arm(run_encoded, {"method": method, "calibration": calibration, "model": REQUIREMENT})
 
 
-def run_encoded(seed: int, quick: bool, *, method: Compression, model: str = "") -> Measured:
+def run_encoded(
+    seed: int, quick: bool, *, method: Compression, calibration: int = CALIBRATION, model: str = ""
+) -> Measured:
     """See `encoded`; `model` is the distribution that the encoder comes in."""
-    calibration, heldout = drawn(seed, *(QUICK if quick else (CALIBRATION, HELDOUT)))
+    seen, heldout = drawn(seed, *(QUICK if quick else (calibration, HELDOUT)))
     encoder = sentence_encoder()
     small = copy.deepcopy(encoder.model)
-    done = compress_model(small, method, encoder.batches(calibration), seed=seed)
+    done = compress_model(small, method, encoder.batches(seen), seed=seed)
     truth, found = encoder.embed(heldout), encoder.embed(heldout, small)
     figures = {
         **agreement(truth, found),

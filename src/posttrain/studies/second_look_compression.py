@@ -9,9 +9,11 @@ was written, with its rule, before it was run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from posttrain import methods
 from posttrain.studies.allocation import cptquant
-from posttrain.studies.compression import compressed, run_compressed
+from posttrain.studies.compression import compressed
 from posttrain.studies.low_bit import billm, nupes
 from posttrain.studies.reconstruction import BITS, GROUP, cbq, l4q, learned_rounding, omniquant
 from posttrain.studies.registry import study
@@ -23,14 +25,15 @@ FIRST, MODELS, SEEDS = 3, 6, 6  # the first seed that no first study has; how ma
 AGAIN = "6 models, 3 of which no study has seen before, and 6 new draws of calibration text; judged by shares."
 
 
-def again(arm: Arm) -> Arm:
-    """The arm of a first study (see `compressed`) on models and calibration texts of the next six seeds."""
-    return Arm(run_again, {**arm.arguments, "models": MODELS}, (*arm.depends, run_compressed))
+def again(arm: Arm, **changed: object) -> Arm:
+    """An arm of a first study on models and draws of the next six seeds, with some of its arguments changed."""
+    given = {**arm.arguments, **({"models": MODELS} if "models" in arm.arguments else {}), **changed}
+    return Arm(run_again, {"run": arm.run, "arguments": given}, arm.depends)
 
 
-def run_again(seed: int, quick: bool, **arguments: object) -> Measured:
+def run_again(seed: int, quick: bool, *, run: Callable[..., Measured], arguments: dict[str, object]) -> Measured:
     """See `again`."""
-    return run_compressed(seed + FIRST, quick, **arguments)  # type: ignore[arg-type]
+    return run(seed + FIRST, quick, **arguments)
 
 
 def arms_again(first: Study, *names: str) -> dict[str, Arm]:

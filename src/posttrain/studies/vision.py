@@ -35,32 +35,47 @@ MODEL = (
 Prepare = Callable[[Any, int], None]
 
 
-def quantized(method: Compression, prepare: Prepare | None = None) -> Arm:
+def quantized(
+    method: Compression, prepare: Prepare | None = None, *, models: int = MODELS, calibration: int = IMAGES
+) -> Arm:
     """An arm that compresses the vision model of the seed, in fp32, and measures it beside the model as it was.
 
-    The model, its calibration images and what `prepare` does to it follow the seed (`s % 3` of the model), so that arms
-    of one seed are paired. Figures: `accuracy` on held-out images and `float_accuracy` of the model as it was, `kl`
-    (mean nats an image, from its distribution over kinds to the compressed one's), `agreement` (share of images that
-    both take for the same), `bits` (stored, of a packed weight), `error` (relative, of a layer's weights), `seconds`.
+    The model, its calibration images and what `prepare` does to it follow the seed (`s % models` of the model), so that
+    arms of one seed are paired. Figures: `accuracy` on held-out images and `float_accuracy` of the model as it was;
+    `kl` (mean nats an image, from its distribution over kinds to the compressed one's), `agreement` (share of images
+    that both take for the same), `bits` (stored, of a packed weight), `error` (relative, of a layer's weights),
+    `seconds`.
 
-    prepare: a module-level function that changes the float model in place.
+    prepare: a module-level function that changes the float model in place. models: how many seeds of the model.
+    calibration: images.
     """
     from posttrain.lab.vision import PATTERNS
 
-    arguments = {"method": method, "prepare": prepare, "model": PATTERNS.key}
+    arguments = {
+        "method": method, "prepare": prepare, "models": models, "calibration": calibration, "model": PATTERNS.key
+    }  # fmt: skip
     return Arm(run_quantized, arguments)
 
 
-def run_quantized(seed: int, quick: bool, *, method: Compression, prepare: Prepare | None, model: str = "") -> Measured:
+def run_quantized(
+    seed: int,
+    quick: bool,
+    *,
+    method: Compression,
+    prepare: Prepare | None,
+    models: int = MODELS,
+    calibration: int = IMAGES,
+    model: str = "",
+) -> Measured:
     """See `quantized`; `model` is the key of the model in the lab."""
     from posttrain.lab.images import images
     from posttrain.lab.vision import PATTERNS, logits, vision_model
 
-    float_model = vision_model(PATTERNS, 0 if quick else seed % MODELS)
+    float_model = vision_model(PATTERNS, 0 if quick else seed % models)
     if prepare is not None:
         prepare(float_model, seed)
     unseen = images(100 if quick else HELDOUT, 0, "heldout")
-    batch = {"pixel_values": images(4 if quick else IMAGES, FRESH + seed).pixels}
+    batch = {"pixel_values": images(4 if quick else calibration, FRESH + seed).pixels}
     small = copy.deepcopy(float_model)
     done = compress_model(small, method, [batch], seed=seed)
     truth, found = logits(float_model, unseen.pixels).log_softmax(-1), logits(small, unseen.pixels).log_softmax(-1)
