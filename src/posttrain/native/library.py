@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.native.built import built, missing
 from posttrain.trajectory import PosttrainError
 
+BUILT = Path(__file__).parent, "_fused"
 VARIABLE = "POSTTRAIN_KERNELS"
 LEVELS = ("portable", "avx2", "avx512")  # of the processor; as in the source
 SUFFIXES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -54,7 +56,7 @@ _enabled = True
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, or None where it was not built."""
-    for path in sorted(Path(__file__).parent.glob("_fused*.so")):
+    for path in built(*BUILT):
         try:
             found = ctypes.CDLL(str(path))
             for level in LEVELS[: int(found.posttrain_fused_level()) + 1]:
@@ -78,9 +80,10 @@ def level() -> str | None:
     if asked == "off":
         return None
     if found is None:
+        why, remedy = missing(built(*BUILT))
         warnings.warn(
-            "posttrain was installed without its functions in C (no C compiler): training and sampling on the CPU are "
-            "slower; install a compiler and posttrain again, or set POSTTRAIN_KERNELS=off to hide this",
+            f"posttrain runs without its functions in C ({why}): training and sampling on the CPU are slower; "
+            f"{remedy}, or set {VARIABLE}=off to hide this",
             stacklevel=3,
         )
         return None

@@ -33,7 +33,7 @@ def test_without_the_library_one_line_and_the_same_product(fresh, monkeypatch):
     monkeypatch.setattr(library, "library", lambda: None)
     monkeypatch.delenv(library.VARIABLE, raising=False)
     w, x = weight(), torch.randn(3, 64)
-    with pytest.warns(UserWarning, match="without its CPU kernels") as said:
+    with pytest.warns(UserWarning, match="runs without its CPU kernels") as said:
         found = w.product(x)
     assert len(said) == 1
     assert "\n" not in str(said[0].message)
@@ -54,8 +54,24 @@ def test_off_says_nothing(fresh, monkeypatch):
 def test_asked_for_but_not_there(fresh, monkeypatch):
     monkeypatch.setattr(library, "library", lambda: None)
     monkeypatch.setenv(library.VARIABLE, "avx2")
-    with pytest.raises(PosttrainError, match="built without its kernels"):
+    with pytest.raises(PosttrainError, match="no CPU kernels"):
         best_level()
+
+
+def test_a_library_of_another_version_is_said_to_be_that(fresh, monkeypatch, tmp_path):
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    monkeypatch.setattr(library, "BUILT", (tmp_path, "_native"))
+    library.library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="no C compiler when it was installed"):
+            assert best_level() == -1
+        (tmp_path / "_native.other.so").write_bytes(b"not a library of this machine")
+        library.library.cache_clear()
+        best_level.cache_clear()
+        with pytest.warns(UserWarning, match=r"_native\.other\.so is of another version or another machine.*again"):
+            assert best_level() == -1
+    finally:
+        library.library.cache_clear()
 
 
 def test_a_misspelt_level(fresh, monkeypatch):

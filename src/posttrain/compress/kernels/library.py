@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.native.built import built, missing
 from posttrain.reward.names import unknown
 from posttrain.trajectory import PosttrainError
 
+BUILT = Path(__file__).parent, "_native"
 VARIABLE = "POSTTRAIN_KERNELS"
 OFF = "off"
 LEVELS = ("portable", "avx2", "avx512")  # each contains those before it; as in native.h
@@ -50,7 +52,7 @@ _chosen: int | None = None  # a level set by `forced`
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The library, or None where it was not built."""
-    for path in sorted(Path(__file__).parent.glob("_native*.so")):
+    for path in built(*BUILT):
         try:
             found = ctypes.CDLL(str(path))
             for name, signature in _SIGNATURES.items():
@@ -72,11 +74,12 @@ def best_level() -> int:
         return -1
     found = library()
     if found is None:
+        why, remedy = missing(built(*BUILT))
         if asked:
-            raise PosttrainError(f"{VARIABLE} is {asked}, but posttrain was built without its kernels; build it again")
+            raise PosttrainError(f"{VARIABLE} is {asked}, but posttrain has no CPU kernels ({why}); {remedy}")
         warnings.warn(
-            "posttrain was installed without its CPU kernels (no C compiler): packed layers work, but slowly; install "
-            "a compiler and posttrain again, or set POSTTRAIN_KERNELS=off to hide this",
+            f"posttrain runs without its CPU kernels ({why}): packed layers work, but slowly; {remedy}, or set "
+            f"{VARIABLE}=off to hide this",
             stacklevel=3,
         )
         return -1
@@ -147,7 +150,8 @@ def call(name: str, *arguments: Any, work: int) -> None:
 def _kernel(name: str) -> Any:
     found = library()
     if found is None:
-        raise PosttrainError("posttrain was built without its CPU kernels; install a C compiler and build it again")
+        why, remedy = missing(built(*BUILT))
+        raise PosttrainError(f"posttrain has no CPU kernels ({why}); {remedy}")
     return getattr(found, f"posttrain_{name}")
 
 
