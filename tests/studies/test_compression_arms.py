@@ -14,7 +14,8 @@ from posttrain.lab import models, text
 from posttrain.lab.models import ModelSpec, Share, World
 from posttrain.models.causal import CausalPolicy
 from posttrain.studies.compression import LabText, compressed, texts_for, uncompressed
-from posttrain.studies.second_look_compression import again
+from posttrain.studies.second_look_compression import AGAIN, again, again_for
+from posttrain.studies.verdict import Less
 
 SORT = World("rewriting", {"operation": "sort", "length": (3, 4)})
 TINY = ModelSpec("tiny", SORT, (Share(SORT),), hidden=32, layers=1, heads=2, rows=40, steps=3, batch=8)
@@ -137,3 +138,10 @@ def test_again_is_on_seeds_that_the_first_study_did_not_have():
     assert (
         found.figures["kl"] == run(compressed(methods.rtn(bits=3, group=16), models=5, **SMALL), seed=4).figures["kl"]
     )
+
+
+def test_again_for_takes_what_something_is_expected_of():
+    arms = {str(bits): compressed(methods.rtn(bits=bits, group=16), **SMALL) for bits in (2, 3, 4)}
+    found = again_for(arms, "Three bits lose less than two.", "a tiny model", Less("3", than="2", metric="kl"))
+    assert found.arms == {"2": again(arms["2"]), "3": again(arms["3"])}
+    assert (found.seeds, found.setting) == (6, f"a tiny model; {AGAIN}")

@@ -58,7 +58,7 @@ def test_another_number_of_models_and_of_images():
     one, other = (run(quantized(method, models=2), seed).figures for seed in (0, 2))
     assert one["float_accuracy"] == other["float_accuracy"] != run(plain, 2).figures["float_accuracy"]
     assert run(quantized(method, calibration=8)).figures["kl"] != run(plain).figures["kl"]
-    second = again(plain, calibration=8)
+    second = again(quantized(method, calibration=8))
     assert run(second).figures["kl"] == run(quantized(method, models=6, calibration=8), seed=3).figures["kl"]
 
 

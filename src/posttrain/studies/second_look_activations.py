@@ -10,7 +10,7 @@ from posttrain.studies.allocation import q_vlm
 from posttrain.studies.decoding import PROBLEMS, decoded
 from posttrain.studies.reconstruction import abq_llm
 from posttrain.studies.registry import study
-from posttrain.studies.second_look_compression import AGAIN, SEEDS, again, arms_again
+from posttrain.studies.second_look_compression import again_for
 from posttrain.studies.state_space import quamba
 from posttrain.studies.study import Study
 from posttrain.studies.transforms import os_plus, quarot
@@ -28,15 +28,12 @@ def os_plus_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, both together lose less than the scale alone, and than
     SmoothQuant.
     """
-    return Study(
-        claim="Shifting and scaling channels loses less than scaling alone, where large channels lie to one side.",
-        setting=f"As in `os-plus`: one-sided large channels, W8A6, static ranges; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(os_plus(), "smoothquant", "scale alone", "os+"),
-        expectations=(
-            Less("os+", than="scale alone", metric="kl", why="the shift takes range that a scale cannot"),
-            Less("os+", than="smoothquant", metric="kl", why="the paper's comparison"),
-        ),
+    return again_for(
+        os_plus().arms,
+        "Shifting and scaling channels loses less than scaling alone, where large channels lie to one side.",
+        "As in `os-plus`: one-sided large channels, W8A6, static ranges",
+        Less("os+", than="scale alone", metric="kl", why="the shift takes range that a scale cannot"),
+        Less("os+", than="smoothquant", metric="kl", why="the paper's comparison"),
     )
 
 
@@ -47,16 +44,13 @@ def quarot_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, QuaRot and a random rotation lose less than none, and
     QuaRot less than rotating the stream alone.
     """
-    return Study(
-        claim="Rotated, a model with channels that stand out loses less at W4A4.",
-        setting=f"As in `quarot`: the basis of principal directions, W4A4; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(quarot(), "no rotation", "stream alone", "random rotation", "quarot"),
-        expectations=(
-            Less("quarot", than="no rotation", metric="kl", why="no channel stands out any more"),
-            Less("random rotation", than="no rotation", metric="kl", why="any rotation spreads large channels"),
-            Less("quarot", than="stream alone", metric="kl", why="inputs of down projections stand out too"),
-        ),
+    return again_for(
+        quarot().arms,
+        "Rotated, a model with channels that stand out loses less at W4A4.",
+        "As in `quarot`: the basis of principal directions, W4A4",
+        Less("quarot", than="no rotation", metric="kl", why="no channel stands out any more"),
+        Less("random rotation", than="no rotation", metric="kl", why="any rotation spreads large channels"),
+        Less("quarot", than="stream alone", metric="kl", why="inputs of down projections stand out too"),
     )
 
 
@@ -70,16 +64,13 @@ def q_vlm_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, the search layer by layer loses less than whole ranges,
     and Q-VLM less than the search layer by layer and than layers joined at random.
     """
-    return Study(
-        claim="Searching the ranges of layers together where entropy is high loses less than layer by layer.",
-        setting=f"As in `q-vlm`: 4-bit weights and activations; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(q_vlm(), "whole ranges", "layer by layer", "joined at random", "q-vlm"),
-        expectations=(
-            Less("layer by layer", than="whole ranges", metric="kl", why="few tokens stretch a channel's range"),
-            Less("q-vlm", than="layer by layer", metric="kl", why="errors of one layer reach the next"),
-            Less("q-vlm", than="joined at random", metric="kl", why="entropy says where they do"),
-        ),
+    return again_for(
+        q_vlm().arms,
+        "Searching the ranges of layers together where entropy is high loses less than layer by layer.",
+        "As in `q-vlm`: 4-bit weights and activations",
+        Less("layer by layer", than="whole ranges", metric="kl", why="few tokens stretch a channel's range"),
+        Less("q-vlm", than="layer by layer", metric="kl", why="errors of one layer reach the next"),
+        Less("q-vlm", than="joined at random", metric="kl", why="entropy says where they do"),
     )
 
 
@@ -90,19 +81,14 @@ def abq_llm_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, five levels lose less than four of the same groups and
     than four in groups of 32; at W4A4 the paper's losses lose less than the squared error.
     """
-    return Study(
-        claim="Five balanced levels lose less than four at about equal bits, and losses of direction and attention "
+    return again_for(
+        abq_llm().arms,
+        "Five balanced levels lose less than four at about equal bits, and losses of direction and attention "
         "less than the squared error at W4A4.",
-        setting=f"As in `abq-llm`; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(
-            abq_llm(), "four levels", "four levels, groups of 32", "five levels", "w4a4, squared error", "w4a4"
-        ),
-        expectations=(
-            Less("five levels", than="four levels", metric="kl", why="as many levels on either side of 0"),
-            Less("five levels", than="four levels, groups of 32", metric="kl", why="levels are worth more than scales"),
-            Less("w4a4", than="w4a4, squared error", metric="kl", why="direction and attention are restored"),
-        ),
+        "As in `abq-llm`",
+        Less("five levels", than="four levels", metric="kl", why="as many levels on either side of 0"),
+        Less("five levels", than="four levels, groups of 32", metric="kl", why="levels are worth more than scales"),
+        Less("w4a4", than="w4a4, squared error", metric="kl", why="direction and attention are restored"),
     )
 
 
@@ -113,18 +99,15 @@ def quamba_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, rotation loses less than nothing at 8 and 6 bits, and
     both parts less than rotation alone at 6 bits; both are at most 0.02 nats at 8 bits.
     """
-    return Study(
-        claim="With its scan's output rotated and its input cut off at a high quantile, a Mamba keeps what it knows "
+    return again_for(
+        quamba().arms,
+        "With its scan's output rotated and its input cut off at a high quantile, a Mamba keeps what it knows "
         "under static 8-bit ranges.",
-        setting=f"As in `quamba`: two large channels in each scan's output; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(quamba(), "static", "rotated", "quamba", "static, 6 bits", "rotated, 6 bits", "quamba, 6 bits"),
-        expectations=(
-            Less("rotated", than="static", metric="kl", why="a large channel is spread over all"),
-            Less("rotated, 6 bits", than="static, 6 bits", metric="kl", why="as with 8 bits"),
-            Less("quamba, 6 bits", than="rotated, 6 bits", metric="kl", why="the recurrence carries errors of x on"),
-            AtMost("quamba", metric="kl", value=0.02, why="the paper's W8A8 is almost without loss"),
-        ),
+        "As in `quamba`: two large channels in each scan's output",
+        Less("rotated", than="static", metric="kl", why="a large channel is spread over all"),
+        Less("rotated, 6 bits", than="static, 6 bits", metric="kl", why="as with 8 bits"),
+        Less("quamba, 6 bits", than="rotated, 6 bits", metric="kl", why="the recurrence carries errors of x on"),
+        AtMost("quamba", metric="kl", value=0.02, why="the paper's W8A8 is almost without loss"),
     )
 
 
@@ -135,21 +118,15 @@ def dopq_vit_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, the tangent loses less than powers of √2 at 4 and at 3
     bits, and than even steps at 4; the median loses less than the mean as released.
     """
-    names = ("even", "log√2", "tangent")
-    return Study(
-        claim="Levels that a tangent spreads lose less of attention than powers of √2 and even steps; the median of "
+    return again_for(
+        dopq_vit().arms,
+        "Levels that a tangent spreads lose less of attention than powers of √2 and even steps; the median of "
         "the channels' scales is better than the mean as released.",
-        setting=f"As in `dopq-vit`: vision models of the lab; {AGAIN.replace('text', 'images')}",
-        seeds=SEEDS,
-        arms=arms_again(
-            dopq_vit(), *(f"{n}, 4 bits" for n in names), *(f"{n}, 3 bits" for n in names), "mean as released", "median"
-        ),
-        expectations=(
-            Less("tangent, 4 bits", than="log√2, 4 bits", metric="kl", why="large probabilities carry what it says"),
-            Less("tangent, 4 bits", than="even, 4 bits", metric="kl", why="most probabilities are small"),
-            Less("tangent, 3 bits", than="log√2, 3 bits", metric="kl", why="as with 4 bits"),
-            Less("median", than="mean as released", metric="kl", why="the paper's second part, by the zero point"),
-        ),
+        "As in `dopq-vit`: vision models of the lab",
+        Less("tangent, 4 bits", than="log√2, 4 bits", metric="kl", why="large probabilities carry what it says"),
+        Less("tangent, 4 bits", than="even, 4 bits", metric="kl", why="most probabilities are small"),
+        Less("tangent, 3 bits", than="log√2, 3 bits", metric="kl", why="as with 4 bits"),
+        Less("median", than="mean as released", metric="kl", why="the paper's second part, by the zero point"),
     )
 
 
@@ -177,17 +154,14 @@ def repquant_more_images() -> Study:
         "W4A4, nearest": four,
         "W4A4, learned": learned,
     }
-    return Study(
-        claim="With enough calibration, ends learned by the layers behind lose less than searched and whole ones, and "
+    return again_for(
+        {name: quantized(m, large_norm_channels, calibration=IMAGES) for name, m in arms.items()},
+        "With enough calibration, ends learned by the layers behind lose less than searched and whole ones, and "
         "learned rounding less than the nearest.",
-        setting=f"As in `repquant`, on {IMAGES} images of calibration; {AGAIN.replace('text', 'images')}",
-        seeds=SEEDS,
-        arms={name: again(quantized(m, large_norm_channels, calibration=IMAGES)) for name, m in arms.items()},
-        expectations=(
-            Less("learned ends", than="percentile ends", metric="kl", why="ends by what the layers behind lose"),
-            Less("learned ends", than="whole ends", metric="kl", why="few values stretch a channel's range"),
-            Less("W4A4, learned", than="W4A4, nearest", metric="kl", why="rounding by the block's outputs"),
-        ),
+        f"As in `repquant`, on {IMAGES} images of calibration",
+        Less("learned ends", than="percentile ends", metric="kl", why="ends by what the layers behind lose"),
+        Less("learned ends", than="whole ends", metric="kl", why="few values stretch a channel's range"),
+        Less("W4A4, learned", than="W4A4, nearest", metric="kl", why="rounding by the block's outputs"),
     )
 
 
@@ -206,15 +180,11 @@ def decoding_sensitivity_more_samples() -> Study:
         "fp4": decoded(methods.fp4(), samples=SAMPLES),
         "three bits": decoded(methods.rtn(3, 64, zero="none"), samples=SAMPLES),
     }
-    return Study(
-        claim="Temperature costs four-bit models more than the float one.",
-        setting=f"As in `decoding-sensitivity-of-quantizers`, {PROBLEMS} problems with {SAMPLES} samples at each "
-        "temperature; 6 models, 3 of which no study has seen before.",
-        seeds=SEEDS,
-        arms={name: again(arm) for name, arm in arms.items()},
-        expectations=(
-            *(Better(n, than="float", metric="drop", why="the paper's 0.5 to 0.8") for n in ("nf4", "fp4")),
-            Better("three bits", than="float", metric="drop", why="what is nearly broken breaks first"),
-            Within("nf4", of="fp4", metric="quality", tolerance=0.05, why="the paper's nf4 ≈ fp4"),
-        ),
+    return again_for(
+        arms,
+        "Temperature costs four-bit models more than the float one.",
+        f"As in `decoding-sensitivity-of-quantizers`, {PROBLEMS} problems with {SAMPLES} samples at each temperature",
+        *(Better(n, than="float", metric="drop", why="the paper's 0.5 to 0.8") for n in ("nf4", "fp4")),
+        Better("three bits", than="float", metric="drop", why="what is nearly broken breaks first"),
+        Within("nf4", of="fp4", metric="quality", tolerance=0.05, why="the paper's nf4 ≈ fp4"),
     )

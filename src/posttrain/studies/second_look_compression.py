@@ -9,7 +9,7 @@ was written, with its rule, before it was run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from posttrain import methods
 from posttrain.studies.allocation import cptquant
@@ -19,15 +19,15 @@ from posttrain.studies.reconstruction import BITS, GROUP, cbq, l4q, learned_roun
 from posttrain.studies.registry import study
 from posttrain.studies.study import Arm, Measured, Study
 from posttrain.studies.transforms import awq
-from posttrain.studies.verdict import Less, Within
+from posttrain.studies.verdict import Expectation, Less, Within
 
 FIRST, MODELS, SEEDS = 3, 6, 6  # the first seed that no first study has; how many models there are then
-AGAIN = "6 models, 3 of which no study has seen before, and 6 new draws of calibration text; judged by shares."
+AGAIN = "6 models, 3 of which no study has seen before, and 6 new draws of calibration."
 
 
-def again(arm: Arm, **changed: object) -> Arm:
-    """An arm of a first study on models and draws of the next six seeds, with some of its arguments changed."""
-    given = {**arm.arguments, **({"models": MODELS} if "models" in arm.arguments else {}), **changed}
+def again(arm: Arm) -> Arm:
+    """An arm of a first study on models and draws of the next six seeds."""
+    given = {**arm.arguments, **({"models": MODELS} if "models" in arm.arguments else {})}
     return Arm(run_again, {"run": arm.run, "arguments": given}, arm.depends)
 
 
@@ -36,9 +36,13 @@ def run_again(seed: int, quick: bool, *, run: Callable[..., Measured], arguments
     return run(seed + FIRST, quick, **arguments)
 
 
-def arms_again(first: Study, *names: str) -> dict[str, Arm]:
-    """Some arms of a first study, again."""
-    return {name: again(first.arms[name]) for name in names}
+def again_for(
+    arms: Mapping[str, Arm], claim: str, setting: str, *expectations: Expectation, seeds: int = SEEDS, notes: str = ""
+) -> Study:
+    """Those of the arms, which are on the first seeds, that something is expected of; again, by these expectations."""
+    named = {name for expectation in expectations for name in expectation.arms}
+    chosen = {name: again(arm) for name, arm in arms.items() if name in named}
+    return Study(claim, f"{setting}; {AGAIN}" if seeds == SEEDS else setting, chosen, expectations, seeds, notes)
 
 
 @study(method="awq", card="000")
@@ -48,16 +52,13 @@ def awq_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, AWQ loses less than rounding to nearest, its scale alone
     loses less too, and AWQ less than the search of ranges that looks at weights alone.
     """
-    return Study(
-        claim="Searched scales of channels and searched clipping lose less than rounding to nearest at equal bits.",
-        setting=f"As in `awq`: large channels planted, 3 bits in groups of 32; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(awq(), "rtn", "rtn, searched ranges", "scale alone", "awq"),
-        expectations=(
-            Less("awq", than="rtn", metric="kl", why="the paper's main result"),
-            Less("scale alone", than="rtn", metric="kl", why="channels matter unequally"),
-            Less("awq", than="rtn, searched ranges", metric="kl", why="activations say which errors matter"),
-        ),
+    return again_for(
+        awq().arms,
+        "Searched scales of channels and searched clipping lose less than rounding to nearest at equal bits.",
+        "As in `awq`: large channels planted, 3 bits in groups of 32",
+        Less("awq", than="rtn", metric="kl", why="the paper's main result"),
+        Less("scale alone", than="rtn", metric="kl", why="channels matter unequally"),
+        Less("awq", than="rtn, searched ranges", metric="kl", why="activations say which errors matter"),
     )
 
 
@@ -68,16 +69,13 @@ def cbq_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, overlapping windows lose less than single blocks, than
     windows side by side, and than rounding to nearest.
     """
-    return Study(
-        claim="At 2 bits overlapping windows of two blocks lose less than single blocks and than windows side by side.",
-        setting=f"As in `cbq`: 2 bits in groups of 64; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(cbq(), "rtn", "single blocks", "side by side", "cbq"),
-        expectations=(
-            Less("cbq", than="single blocks", metric="kl", why="blocks make up for each other's errors"),
-            Less("cbq", than="side by side", metric="kl", why="every border between blocks is inside a window"),
-            Less("cbq", than="rtn", metric="kl", why="it starts there"),
-        ),
+    return again_for(
+        cbq().arms,
+        "At 2 bits overlapping windows of two blocks lose less than single blocks and than windows side by side.",
+        "As in `cbq`: 2 bits in groups of 64",
+        Less("cbq", than="single blocks", metric="kl", why="blocks make up for each other's errors"),
+        Less("cbq", than="side by side", metric="kl", why="every border between blocks is inside a window"),
+        Less("cbq", than="rtn", metric="kl", why="it starts there"),
     )
 
 
@@ -94,16 +92,12 @@ def billm_as_counted() -> Study:
     Rule, fixed before the run: by the share of the divergence, BiLLM loses less than GPTQ with two bits in groups of
     128, and than rounding to nearest there; it stores more.
     """
-    return Study(
-        claim="BiLLM loses less than GPTQ at two bits with blocks of 128, as its paper compares them.",
-        setting=f"As in `billm`; GPTQ and rounding with 2 bits in groups of 128, whole ranges; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(billm(), "billm")
-        | {"gptq": again(compressed(methods.gptq(2, 128))), "rtn": again(compressed(methods.rtn(2, 128)))},
-        expectations=(
-            Less("billm", than="gptq", metric="kl", why="the paper's main result"),
-            Less("billm", than="rtn", metric="kl", why="the paper's main result"),
-        ),
+    return again_for(
+        {**billm().arms, "gptq": compressed(methods.gptq(2, 128)), "rtn": compressed(methods.rtn(2, 128))},
+        "BiLLM loses less than GPTQ at two bits with blocks of 128, as its paper compares them.",
+        "As in `billm`; GPTQ and rounding with 2 bits in groups of 128, whole ranges",
+        Less("billm", than="gptq", metric="kl", why="the paper's main result"),
+        Less("billm", than="rtn", metric="kl", why="the paper's main result"),
         notes="Bits are in the table: BiLLM's are not 1.08 but about three in layers of this width.",
     )
 
@@ -126,16 +120,13 @@ def dmmv_two_bits() -> Study:
         "dmmv from rtn": methods.dmmv(2, 0, start="rtn"),
         "dmmv": methods.dmmv(2, 0),
     }
-    return Study(
-        claim="At two bits, rounding for the least largest output error improves on GPTQ and on rounding to nearest.",
-        setting=f"lab model mixed, 128 pages of calibration; 2 bits, a scale a row; {AGAIN}",
-        seeds=SEEDS,
-        arms={name: again(compressed(method)) for name, method in arms.items()},
-        expectations=(
-            Less("dmmv", than="gptq", metric="kl", why="the paper's main result"),
-            Less("dmmv from rtn", than="rtn", metric="kl", why="it looks at data"),
-            Within("dmmv", of="gptq", metric="bits", tolerance=1e-6, why="equal bits"),
-        ),
+    return again_for(
+        {name: compressed(method) for name, method in arms.items()},
+        "At two bits, rounding for the least largest output error improves on GPTQ and on rounding to nearest.",
+        "lab model mixed, 128 pages of calibration; 2 bits, a scale a row",
+        Less("dmmv", than="gptq", metric="kl", why="the paper's main result"),
+        Less("dmmv from rtn", than="rtn", metric="kl", why="it looks at data"),
+        Within("dmmv", of="gptq", metric="bits", tolerance=1e-6, why="equal bits"),
     )
 
 
@@ -146,15 +137,12 @@ def brecq_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, AdaRound loses less than rounding to nearest, and BRECQ
     less than AdaRound.
     """
-    return Study(
-        claim="On the same levels AdaRound loses less than rounding to nearest, and BRECQ less than AdaRound.",
-        setting=f"As in `learned-rounding`: 2 bits in groups of 64, searched ranges; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(learned_rounding(), "rtn", "adaround", "brecq"),
-        expectations=(
-            Less("adaround", than="rtn", metric="kl", why="errors of a layer's weights cancel"),
-            Less("brecq", than="adaround", metric="kl", why="errors of a block's layers cancel, too"),
-        ),
+    return again_for(
+        learned_rounding().arms,
+        "On the same levels AdaRound loses less than rounding to nearest, and BRECQ less than AdaRound.",
+        "As in `learned-rounding`: 2 bits in groups of 64, searched ranges",
+        Less("adaround", than="rtn", metric="kl", why="errors of a layer's weights cancel"),
+        Less("brecq", than="adaround", metric="kl", why="errors of a block's layers cancel, too"),
     )
 
 
@@ -165,16 +153,13 @@ def l4q_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, L4Q loses less than its steps alone, and these less than
     rounding to nearest in the same format.
     """
-    return Study(
-        claim="At 3 bits, fine-tuning with merged adapters loses less than learning steps alone, and that less than "
+    return again_for(
+        l4q().arms,
+        "At 3 bits, fine-tuning with merged adapters loses less than learning steps alone, and that less than "
         "rounding to nearest.",
-        setting=f"As in `l4q`: 3 bits with float offsets in groups of 64; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(l4q(), "rtn", "steps alone", "l4q"),
-        expectations=(
-            Less("l4q", than="steps alone", metric="kl", why="weights move as well as steps"),
-            Less("steps alone", than="rtn", metric="kl", why="ranges follow the loss"),
-        ),
+        "As in `l4q`: 3 bits with float offsets in groups of 64",
+        Less("l4q", than="steps alone", metric="kl", why="weights move as well as steps"),
+        Less("steps alone", than="rtn", metric="kl", why="ranges follow the loss"),
     )
 
 
@@ -186,15 +171,12 @@ def cptquant_again() -> Study:
     the slope less than equal bits.
     """
     scores = ("pruning", "taylor", "cca")
-    return Study(
-        claim="Bits by a layer's sensitivity lose less than equal bits, and than the same bits the wrong way round.",
-        setting=f"As in `cptquant`: a mean of 3 bits; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(cptquant(), "equal", *scores, *(f"{s}, backwards" for s in scores)),
-        expectations=(
-            *(Less(s, than="equal", metric="kl", why="layers differ, and it tells them apart") for s in scores[:2]),
-            *(Less(s, than=f"{s}, backwards", metric="kl", why="the sign of the score is right") for s in scores),
-        ),
+    return again_for(
+        cptquant().arms,
+        "Bits by a layer's sensitivity lose less than equal bits, and than the same bits the wrong way round.",
+        "As in `cptquant`: a mean of 3 bits",
+        *(Less(s, than="equal", metric="kl", why="layers differ, and it tells them apart") for s in scores[:2]),
+        *(Less(s, than=f"{s}, backwards", metric="kl", why="the sign of the score is right") for s in scores),
     )
 
 
@@ -211,16 +193,13 @@ def omniquant_longer() -> Study:
     with searched ranges, and than GPTQ with whole ranges, the paper's baseline.
     """
     longer = methods.omniquant(BITS, GROUP, augmented=True, epochs=40, rate=0.01)
-    return Study(
-        claim="At 2 bits learned clipping loses less than min-max ranges, ranges searched on the weights, and GPTQ.",
-        setting=f"As in `omniquant`, 40 epochs at 0.01 with both targets; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(omniquant(), "rtn", "rtn, searched ranges", "gptq") | {"omniquant": again(compressed(longer))},
-        expectations=(
-            Less("omniquant", than="rtn", metric="kl", why="levels are not wasted on single weights"),
-            Less("omniquant", than="rtn, searched ranges", metric="kl", why="outputs choose better than weights"),
-            Less("omniquant", than="gptq", metric="kl", why="the paper's table at 2 bits"),
-        ),
+    return again_for(
+        {**omniquant().arms, "omniquant": compressed(longer)},
+        "At 2 bits learned clipping loses less than min-max ranges, ranges searched on the weights, and GPTQ.",
+        "As in `omniquant`, 40 epochs at 0.01 with both targets",
+        Less("omniquant", than="rtn", metric="kl", why="levels are not wasted on single weights"),
+        Less("omniquant", than="rtn, searched ranges", metric="kl", why="outputs choose better than weights"),
+        Less("omniquant", than="gptq", metric="kl", why="the paper's table at 2 bits"),
     )
 
 
@@ -231,13 +210,10 @@ def nupes_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, NUPES loses less than learned rounding on even levels,
     and than searched exponents.
     """
-    return Study(
-        claim="Learned exponents and codes lose less than learned rounding and than searched exponents.",
-        setting=f"As in `nupes`: 3 bits, a scale a row; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(nupes(), "searched", "learned rounding", "nupes"),
-        expectations=(
-            Less("nupes", than="learned rounding", metric="kl", why="the paper's main result"),
-            Less("nupes", than="searched", metric="kl", why="it looks at data"),
-        ),
+    return again_for(
+        nupes().arms,
+        "Learned exponents and codes lose less than learned rounding and than searched exponents.",
+        "As in `nupes`: 3 bits, a scale a row",
+        Less("nupes", than="learned rounding", metric="kl", why="the paper's main result"),
+        Less("nupes", than="searched", metric="kl", why="it looks at data"),
     )

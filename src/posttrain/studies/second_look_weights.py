@@ -15,7 +15,7 @@ from posttrain.studies.encoder import encoded
 from posttrain.studies.low_bit import ptq161, ptqtp
 from posttrain.studies.reconstruction import BITS, GROUP
 from posttrain.studies.registry import study
-from posttrain.studies.second_look_compression import AGAIN, SEEDS, again, arms_again
+from posttrain.studies.second_look_compression import again_for
 from posttrain.studies.sparsity import double_sparsity, one_shot_pruning
 from posttrain.studies.study import Arm, Study
 from posttrain.studies.vector import vptq
@@ -49,18 +49,15 @@ def spqr_as_compared() -> Study:
         "no outliers": methods.spqr(threshold=float("inf"), damping=0.01),
         "spqr": methods.spqr(damping=0.01),
     }
-    return Study(
-        claim="SpQR with GPTQ's damping loses less than GPTQ with four bits a row or three in small groups, and its "
+    return again_for(
+        {name: compressed(method) for name, method in arms.items()},
+        "SpQR with GPTQ's damping loses less than GPTQ with four bits a row or three in small groups, and its "
         "outliers are worth their bits.",
-        setting=f"As in `spqr`, with a damping of 0.01 in all arms; {AGAIN}",
-        seeds=SEEDS,
-        arms={name: again(compressed(method)) for name, method in arms.items()},
-        expectations=(
-            Less("spqr", than="gptq, 4 bits a row", metric="kl", why="the paper's comparison"),
-            Less("spqr", than="gptq, groups of 16", metric="kl", why="rounded scales leave bits for outliers"),
-            Less("spqr", than="no outliers", metric="kl", why="few weights make most of the error"),
-            Within("spqr", of="gptq, 4 bits a row", metric="bits", tolerance=0.3, why="about equal bits"),
-        ),
+        "As in `spqr`, with a damping of 0.01 in all arms",
+        Less("spqr", than="gptq, 4 bits a row", metric="kl", why="the paper's comparison"),
+        Less("spqr", than="gptq, groups of 16", metric="kl", why="rounded scales leave bits for outliers"),
+        Less("spqr", than="no outliers", metric="kl", why="few weights make most of the error"),
+        Within("spqr", of="gptq, 4 bits a row", metric="bits", tolerance=0.3, why="about equal bits"),
     )
 
 
@@ -71,18 +68,15 @@ def vptq_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, VPTQ loses less than GPTQ at about equal bits, than
     tables of single weights, and than itself without the last fit of its centroids.
     """
-    return Study(
-        claim="At 2 bits vectors lose less than GPTQ and than tables of single weights, and fitted centroids less "
+    return again_for(
+        vptq().arms,
+        "At 2 bits vectors lose less than GPTQ and than tables of single weights, and fitted centroids less "
         "than unfitted ones.",
-        setting=f"As in `vptq`: 2 bits; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(vptq(), "gptq", "single weights", "without the last fit", "vptq"),
-        expectations=(
-            Less("vptq", than="gptq", metric="kl", why="vectors fill space better, and follow the weights"),
-            Less("vptq", than="single weights", metric="kl", why="a vector's index says more at equal bits"),
-            Less("vptq", than="without the last fit", metric="kl", why="centroids fit what is left to fit"),
-            Within("vptq", of="gptq", metric="bits", tolerance=0.1, why="equal bits"),
-        ),
+        "As in `vptq`: 2 bits",
+        Less("vptq", than="gptq", metric="kl", why="vectors fill space better, and follow the weights"),
+        Less("vptq", than="single weights", metric="kl", why="a vector's index says more at equal bits"),
+        Less("vptq", than="without the last fit", metric="kl", why="centroids fit what is left to fit"),
+        Within("vptq", of="gptq", metric="bits", tolerance=0.1, why="equal bits"),
     )
 
 
@@ -93,15 +87,12 @@ def ptqtp_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, two ternary planes lose less than rounding to nearest
     with three bits in groups of 32.
     """
-    return Study(
-        claim="Two ternary planes a weight lose less than rounding to nearest at equal bits.",
-        setting=f"As in `ptqtp`: planes in groups of 64; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(ptqtp(), "rtn, 3 bits", "ptqtp"),
-        expectations=(
-            Less("ptqtp", than="rtn, 3 bits", metric="kl", why="the paper's ranking of data-free methods"),
-            Within("ptqtp", of="rtn, 3 bits", metric="bits", tolerance=0.2, why="equal bits"),
-        ),
+    return again_for(
+        ptqtp().arms,
+        "Two ternary planes a weight lose less than rounding to nearest at equal bits.",
+        "As in `ptqtp`: planes in groups of 64",
+        Less("ptqtp", than="rtn, 3 bits", metric="kl", why="the paper's ranking of data-free methods"),
+        Within("ptqtp", of="rtn, 3 bits", metric="bits", tolerance=0.2, why="equal bits"),
     )
 
 
@@ -112,19 +103,15 @@ def slim_llm_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, SliM-LLM loses less than with whole ranges, and than
     GPTQ at 2 and at 3 bits; with learned clipping its bits lose less than equal bits.
     """
-    names = ("gptq", "whole ranges", "slim-llm", "learned clipping", "slim-llm-plus", "gptq, 3 bits")
-    return Study(
-        claim="Bits by salience lose less than equal bits under GPTQ and learned clipping, and searched ranges less "
+    return again_for(
+        slim_llm().arms,
+        "Bits by salience lose less than equal bits under GPTQ and learned clipping, and searched ranges less "
         "than whole ones.",
-        setting=f"As in `slim-llm`: means of 2 and 3 bits; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(slim_llm(), *names, "slim-llm, 3 bits"),
-        expectations=(
-            Less("slim-llm", than="gptq", metric="kl", why="salience is heavy-tailed over groups"),
-            Less("slim-llm", than="whole ranges", metric="kl", why="ranges that lose less are near the whole one"),
-            Less("slim-llm, 3 bits", than="gptq, 3 bits", metric="kl", why="as at two bits"),
-            Less("slim-llm-plus", than="learned clipping", metric="kl", why="the bits help whatever rounds"),
-        ),
+        "As in `slim-llm`: means of 2 and 3 bits",
+        Less("slim-llm", than="gptq", metric="kl", why="salience is heavy-tailed over groups"),
+        Less("slim-llm", than="whole ranges", metric="kl", why="ranges that lose less are near the whole one"),
+        Less("slim-llm, 3 bits", than="gptq, 3 bits", metric="kl", why="as at two bits"),
+        Less("slim-llm-plus", than="learned clipping", metric="kl", why="the bits help whatever rounds"),
     )
 
 
@@ -141,18 +128,15 @@ def sapr_little_text() -> Study:
     """
     apiq = partial(methods.sapr, BITS, GROUP, 4, 4.0, epochs=16)
     arms = {
-        "apiq": apiq(penalty=0.0), "sapr": apiq(), "stronger": apiq(penalty=0.1), "all alike": apiq(saliency="none")
+        "apiq": apiq(penalty=0.0), "sapr": apiq(), "all alike": apiq(saliency="none")
     }  # fmt: skip
-    return Study(
-        claim="With very little text a penalty weighted by the Fisher information loses less than ApiQ and than an "
+    return again_for(
+        {name: compressed(method, samples=8) for name, method in arms.items()},
+        "With very little text a penalty weighted by the Fisher information loses less than ApiQ and than an "
         "unweighted one.",
-        setting=f"As in `sapr`, on 8 pages in place of 32, for 16 epochs in place of 4; {AGAIN}",
-        seeds=SEEDS,
-        arms={name: again(compressed(method, samples=8)) for name, method in arms.items()},
-        expectations=(
-            Less("sapr", than="apiq", metric="kl", why="weights that matter do not follow the little text"),
-            Less("sapr", than="all alike", metric="kl", why="which weights matter is what the gradients know"),
-        ),
+        "As in `sapr`, on 8 pages in place of 32, for 16 epochs in place of 4",
+        Less("sapr", than="apiq", metric="kl", why="weights that matter do not follow the little text"),
+        Less("sapr", than="all alike", metric="kl", why="which weights matter is what the gradients know"),
     )
 
 
@@ -163,17 +147,14 @@ def ptq161_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, trained scales lose less than untrained ones and than
     binary GPTQ at about equal bits; by the share of perplexity, restoring lowers it further.
     """
-    return Study(
-        claim="Trained scales make a model of 1.6-bit weights better than untrained ones and than binary GPTQ, and "
+    return again_for(
+        ptq161().arms,
+        "Trained scales make a model of 1.6-bit weights better than untrained ones and than binary GPTQ, and "
         "restoring before it makes it better again.",
-        setting=f"As in `ptq161`; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(ptq161(), "binary gptq", "salient columns", "trained", "restored"),
-        expectations=(
-            Less("trained", than="salient columns", metric="kl", why="scales answer to the block's outputs"),
-            Less("trained", than="binary gptq", metric="kl", why="the paper's main result"),
-            Less("restored", than="trained", metric="perplexity", why="the model was trained to be compressed so"),
-        ),
+        "As in `ptq161`",
+        Less("trained", than="salient columns", metric="kl", why="scales answer to the block's outputs"),
+        Less("trained", than="binary gptq", metric="kl", why="the paper's main result"),
+        Less("restored", than="trained", metric="perplexity", why="the model was trained to be compressed so"),
     )
 
 
@@ -184,19 +165,15 @@ def one_shot_pruning_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, Wanda loses less than magnitude of the layer and of each
     row, and less with 2:4; SparseGPT loses less than Wanda, with the pattern and without.
     """
-    names = ("magnitude", "magnitude, rows", "wanda", "sparsegpt", "magnitude, 2:4", "wanda, 2:4", "sparsegpt, 2:4")
-    return Study(
-        claim="At equal sparsity SparseGPT loses less than Wanda, and Wanda less than magnitude.",
-        setting=f"As in `one-shot-pruning`: half of the weights gone; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(one_shot_pruning(), *names),
-        expectations=(
-            Less("wanda", than="magnitude", metric="kl", why="a weight matters as much as its input is large"),
-            Less("wanda", than="magnitude, rows", metric="kl", why="and not for the comparison in rows alone"),
-            Less("wanda, 2:4", than="magnitude, 2:4", metric="kl", why="as without a pattern"),
-            Less("sparsegpt", than="wanda", metric="kl", why="what stays makes up for what goes"),
-            Less("sparsegpt, 2:4", than="wanda, 2:4", metric="kl", why="as without a pattern"),
-        ),
+    return again_for(
+        one_shot_pruning().arms,
+        "At equal sparsity SparseGPT loses less than Wanda, and Wanda less than magnitude.",
+        "As in `one-shot-pruning`: half of the weights gone",
+        Less("wanda", than="magnitude", metric="kl", why="a weight matters as much as its input is large"),
+        Less("wanda", than="magnitude, rows", metric="kl", why="and not for the comparison in rows alone"),
+        Less("wanda, 2:4", than="magnitude, 2:4", metric="kl", why="as without a pattern"),
+        Less("sparsegpt", than="wanda", metric="kl", why="what stays makes up for what goes"),
+        Less("sparsegpt, 2:4", than="wanda, 2:4", metric="kl", why="as without a pattern"),
     )
 
 
@@ -207,18 +184,15 @@ def double_sparsity_again() -> Study:
     Rule, fixed before the run: by the share of the divergence, calibrated channels lose less than drawn ones, at a half
     and at a quarter of them, and less than the newest tokens; for half of the channels it is at most 0.05 nats.
     """
-    return Study(
-        claim="Calibrated channels find the tokens that attention needs better than drawn ones, and lose little with "
+    return again_for(
+        double_sparsity().arms,
+        "Calibrated channels find the tokens that attention needs better than drawn ones, and lose little with "
         "an eighth of the tokens.",
-        setting=f"As in `double-sparsity`: pages of 128 tokens, 16 attended to; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(double_sparsity(), "newest", "drawn", "double sparsity", "a quarter drawn", "a quarter"),
-        expectations=(
-            Less("double sparsity", than="drawn", metric="kl", why="which channels matter is nearly fixed in a head"),
-            Less("a quarter", than="a quarter drawn", metric="kl", why="the same with fewer of them"),
-            Less("double sparsity", than="newest", metric="kl", why="what matters is not only near"),
-            AtMost("double sparsity", metric="kl", value=0.05, why="a rise of perplexity of 5 %, as card 146 has it"),
-        ),
+        "As in `double-sparsity`: pages of 128 tokens, 16 attended to",
+        Less("double sparsity", than="drawn", metric="kl", why="which channels matter is nearly fixed in a head"),
+        Less("a quarter", than="a quarter drawn", metric="kl", why="the same with fewer of them"),
+        Less("double sparsity", than="newest", metric="kl", why="what matters is not only near"),
+        AtMost("double sparsity", metric="kl", value=0.05, why="a rise of perplexity of 5 %, as card 146 has it"),
     )
 
 
@@ -240,22 +214,18 @@ def moequant_more_balance() -> Study:
     def balanced(affinity: bool) -> Arm:
         made = methods.moequant(2, 32, zero="integer", affinity=affinity, balanced=False)
         written = made.replace(calibration=FOR_BALANCE)
-        return again(compressed(written, model="mixed-moe", extra=on_text_for_balance, depends=(text_imbalance,)))
+        return compressed(written, model="mixed-moe", extra=on_text_for_balance, depends=(text_imbalance,))
 
-    return Study(
-        claim="Calibrated on its own text written for balance, a mixture loses less than on likely text or on text of "
+    return again_for(
+        {**moequant().arms, "balanced": balanced(False), "balanced, affinity": balanced(True)},
+        "Calibrated on its own text written for balance, a mixture loses less than on likely text or on text of "
         "one kind, and weighed by affinity less again.",
-        setting=f"As in `moequant`: 2 bits in groups of 32; τ = 0.03; {AGAIN}",
-        seeds=SEEDS,
-        arms=arms_again(moequant(), "one subject", "likely text")
-        | {"balanced": balanced(False), "balanced, affinity": balanced(True)},
-        expectations=(
-            Less("balanced", than="one subject", metric="imbalance", why="that is what the beam is scored by"),
-            Less("balanced", than="likely text", metric="imbalance", why="that is what the beam is scored by"),
-            Less("balanced", than="one subject", metric="kl", why="one subject leaves experts without tokens"),
-            Less("balanced", than="likely text", metric="kl", why="likely text alone goes to few experts"),
-            Less("balanced, affinity", than="balanced", metric="kl", why="a token counts as much as its gate"),
-        ),
+        "As in `moequant`: 2 bits in groups of 32; τ = 0.03",
+        Less("balanced", than="one subject", metric="imbalance", why="that is what the beam is scored by"),
+        Less("balanced", than="likely text", metric="imbalance", why="that is what the beam is scored by"),
+        Less("balanced", than="one subject", metric="kl", why="one subject leaves experts without tokens"),
+        Less("balanced", than="likely text", metric="kl", why="likely text alone goes to few experts"),
+        Less("balanced, affinity", than="balanced", metric="kl", why="a token counts as much as its gate"),
     )
 
 
@@ -277,17 +247,14 @@ def gptq_encoder_more_text() -> Study:
         "rtn, groups of 32": encoded(methods.rtn(4, 32)),
         "gptq, groups of 32": encoded(four[32], calibration=SENTENCES),
     }
-    return Study(
-        claim="Calibrated on more text, 4-bit GPTQ ranks sentences as the float encoder does.",
-        setting=f"{ENCODER.partition(';')[0]}; {SENTENCES} sentences of calibration, 120 held-out ones; 5 new draws of "
-        "both.",
-        seeds=5,
-        arms={name: again(arm) for name, arm in arms.items()},
-        expectations=(
-            Less("gptq", than="gptq, 64 sentences", metric="drift", why="the second moment is known better"),
-            AtLeast("gptq", metric="ranking", value=0.99, why="4 bits are said to be almost without loss"),
-            AtLeast("gptq, groups of 32", metric="ranking", value=0.99, why="with more scales at least"),
-            Better("gptq, groups of 32", than="rtn, groups of 32", metric="ranking", why="what the encoder is for"),
-        ),
+    return again_for(
+        arms,
+        "Calibrated on more text, 4-bit GPTQ ranks sentences as the float encoder does.",
+        f"{ENCODER.partition(';')[0]}; {SENTENCES} sentences of calibration, 120 held-out ones; 5 new draws of both.",
+        Less("gptq", than="gptq, 64 sentences", metric="drift", why="the second moment is known better"),
+        AtLeast("gptq", metric="ranking", value=0.99, why="4 bits are said to be almost without loss"),
+        AtLeast("gptq, groups of 32", metric="ranking", value=0.99, why="with more scales at least"),
+        Better("gptq, groups of 32", than="rtn, groups of 32", metric="ranking", why="what the encoder is for"),
         notes="One model: the intervals speak of other text, not of other encoders.",
+        seeds=5,
     )
