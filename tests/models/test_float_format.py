@@ -69,6 +69,16 @@ def test_truncation_of_bf16_is_a_mask_of_its_bits(mantissa: int) -> None:
         assert torch.equal(found[finite], x[finite]), "nothing to drop"
 
 
+@pytest.mark.parametrize(("exponent", "mantissa"), [(8, 7), (8, 3), (7, 7), (5, 7), (4, 2)])
+def test_cutting_bits_off_is_dividing_and_dropping_the_rest(exponent: int, mantissa: int) -> None:
+    x = numbers()
+    whole, bare = (FloatFormat(exponent, mantissa, "truncate", subnormals=some) for some in (True, False))
+    divided = whole(x.double() if exponent == 8 else x).float()  # neither is done by a mask
+    assert same(whole(x), divided)
+    small = x.abs() < 2.0**whole.least_exponent
+    assert same(bare(x), torch.where(small, x * 0.0, divided))
+
+
 def test_numbers_by_hand() -> None:
     x = torch.tensor([1.9921875, -1.9921875, 1.9])
     assert FloatFormat(8, 3, "truncate")(x).tolist() == [1.875, -1.875, 1.875]

@@ -74,12 +74,21 @@ class FloatFormat:
         if wide.dtype not in _LAYOUTS:
             wide = wide.float()
         integers, mask, length, bias = _LAYOUTS[wide.dtype]
-        # the power of two below each number, and with it the distance of its neighbours in the format
-        power = (wide.view(integers) & mask).clamp_(min=(self.least_exponent + bias) << length).view(wide.dtype)
-        step = power * 2.0**-self.mantissa
-        found = wide / step
-        found = found.round_() if self.rounding == "nearest" else found.trunc_()
-        found *= step
+        if self.rounding == "truncate" and (
+            not self.subnormals or (self.exponent == 8 and wide.dtype is torch.float32)
+        ):
+            # no number's neighbours are further apart than its own exponent says: bits without room are cut off
+            found = (wide.view(integers) & (-1 << (length - self.mantissa))).view(wide.dtype)
+            if self.subnormals:  # of as many exponents as fp32 has: nothing is too small or too large
+                return torch.where(wide.isnan(), wide, found).to(numbers.dtype)
+        else:
+            # the power of two below each number, and with it the distance of its neighbours in the format
+            least = (self.least_exponent + bias) << length
+            power = (wide.view(integers) & mask).clamp_(min=least).view(wide.dtype)
+            step = power * 2.0**-self.mantissa
+            found = wide / step
+            found = found.round_() if self.rounding == "nearest" else found.trunc_()
+            found *= step
         if not self.subnormals:
             found = torch.where(wide.abs() < 2.0**self.least_exponent, wide * 0.0, found)
         found = self._bounded(found)

@@ -20,8 +20,8 @@ from posttrain.training.stability import StabilityRun, stability_grid
 
 RATE = 3e-3  # of the lab's language models
 MULTIPLES = (1, 3, 10)
-STEPS, BATCH, PAGE = 250, 8, 128  # steps, pages a step, tokens a page
-ROWS, WATCHED, EVERY = 2000, 16, 10  # pages, those that sharpness is measured on, and how often
+STEPS, BATCH, PAGE = 150, 8, 128  # steps, pages a step, tokens a page
+ROWS, WATCHED, EVERY = 1200, 16, 15  # pages, those that sharpness is measured on, and how often
 
 
 @study(method="reduced-precision", card="157")
@@ -71,7 +71,7 @@ def reduced_precision() -> Study:
         arms={name: trained_in(precision) for name, precision in formats.items()},
         expectations=claims,
         notes="The formats are simulated in the products of linear layers; sums, norms, softmax and the optimizer are "
-        "fp32. Sharpness is that of the last token of 16 held-out pages, every ten steps.",
+        "fp32. Sharpness is that of the last token of 16 held-out pages, every fifteen steps.",
     )
 
 
