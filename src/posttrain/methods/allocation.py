@@ -226,7 +226,8 @@ def moequant(
     usage (σ² is E/(E-1) times the squared deviations of the E experts' shares), as much of it as the text that is
     given; its first tokens are drawn evenly. GPTQ then rounds each expert with tokens weighted by their gate c_e.
     Routers stay float. An expert that no token reaches is calibrated on all tokens of its layer, and a warning names
-    it. In a dense model this is GPTQ on the given text.
+    it. In a dense model this is GPTQ on the given text. The paper's best figures are of models rotated before (its
+    "++"), which is left out here.
 
     Args:
         bits: b. group: g, columns of a row that share a scale; 0 for the whole row.

@@ -49,9 +49,10 @@ def omniquant(
               \min_{\gamma,\beta}\ \|f(X) - f'(X')\|^2
 
     This is the paper's learnable weight clipping (LWC). γ and β start at 4 (98 % of the range); the range is not
-    extended to hold 0. Where inputs are rounded too, scales of the norms' channels are learned with them (LET): they
-    start as SmoothQuant's with α = 0.5. The paper's rate is 0.01 for 2,560 steps of one sequence; here it is 0.05 for
-    80 steps of four.
+    extended to hold 0. Where inputs are rounded too, scales of the norms' channels are learned with them: they start as
+    SmoothQuant's with α = 0.5. That is a part of the paper's equivalent transformation (LET): shifts, and scales of
+    values, queries and keys, are not learned. The paper's rate is 0.01 for 2,560 steps of one sequence; here it is 0.05
+    for 80 steps of four.
 
     Args:
         bits: b. group: g, columns of a row that share a scale; 0 for the whole row.
@@ -343,7 +344,7 @@ def l4q(
     rank: int = 4,
     alpha: float = 8.0,
     offset: bool = True,
-    start: Start = "cover",
+    start: Start | None = None,
     epochs: int = 3,
     rate: float = 1e-3,
     step_rate: float = 5e-3,
@@ -362,8 +363,9 @@ def l4q(
         bits: b of a weight, at least 2. group: g, columns of a row that share s and b; 0 for the whole row.
         rank: r; 0 trains s and b alone. alpha: α.
         offset: learn b (a half-precision number a group); else b = 0.
-        start: of s and b: `cover` holds both ends symmetrically, `lsq+` three standard deviations, `range` the smallest
-            to the largest weight.
+        start: of s and b: `range` from the smallest to the largest weight (where the offset is learned, by default),
+            `cover` holds both ends symmetrically (else), `lsq+` three standard deviations. Clipped by nothing, b has no
+            gradient, so that an offset which starts at 0 would stay there.
         epochs: passes over the calibration text.
         rate: learning rate of A and B. step_rate: of s and b, as shares of the first s.
 
@@ -378,7 +380,7 @@ def l4q(
         rate,
         step_rate,
         offset,
-        start,
+        start or ("range" if offset else "cover"),
     )
     return _compression("l4q", solver)
 

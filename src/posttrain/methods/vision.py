@@ -103,7 +103,8 @@ def repquant(
         epochs: passes over the calibration in the reconstruction of a block.
 
     Settled here: where the learned ends are measured from (the channel's mean), their loss and steps, and the solver of
-    the reconstruction, none of which is known of the paper.
+    the reconstruction, none of which is known of the paper. Attention is rounded once all blocks are solved, so that
+    the reconstruction does not make up for it.
 
     Reference: RepQuant: towards accurate post-training quantization of large transformer models via scale
     reparameterization, 2024, arXiv 2402.05628 (card 029).

@@ -65,6 +65,8 @@ def spqr_as_compared() -> Study:
 def vptq_again() -> Study:
     """In the study `vptq` three of four comparisons were within the noise of three models.
 
+    What k-means looks at was drawn evenly then, and is drawn by the vectors' weights now.
+
     Rule, fixed before the run: by the share of the divergence, VPTQ loses less than GPTQ at about equal bits, than
     tables of single weights, and than itself without the last fit of its centroids.
     """
@@ -99,6 +101,9 @@ def ptqtp_again() -> Study:
 @study(method=("slim-llm", "slim-llm-plus"), card="148")
 def slim_llm_again() -> Study:
     """In the study `slim-llm` searched ranges, bits under learned clipping and the gain at 3 bits were left open.
+
+    The code was read again beside the card: the ends of groups of one bit were learned by the straight-through gradient
+    of a fine grid, which made them worse than untrained ones; since then they have the gradient of a fixed choice.
 
     Rule, fixed before the run: by the share of the divergence, SliM-LLM loses less than with whole ranges, and than
     GPTQ at 2 and at 3 bits; with learned clipping its bits lose less than equal bits.

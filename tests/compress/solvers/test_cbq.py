@@ -158,3 +158,12 @@ def test_what_is_random_follows_from_the_seed() -> None:
     one, other = (weights(compressed(tiny(), solver)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.values(), other.values(), strict=True))
     assert len({tuple(w.shape) for w in itertools.chain(one.values())}) > 1
+
+
+def test_a_normal_weight_keeps_its_tails_and_an_outlier_is_cut() -> None:
+    weight = torch.randn(200, 200, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(truncated(weight), weight)
+    weight[3, 5] = 9.0
+    cut = truncated(weight)
+    assert float(cut[3, 5]) < 5
+    assert torch.equal(cut.flatten()[torch.arange(40_000) != 605], weight.flatten()[torch.arange(40_000) != 605])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from posttrain.compress.solvers import kmeans
-from posttrain.compress.solvers.kmeans import nearest, weighted_kmeans
+from posttrain.compress.solvers.kmeans import drawn_by, nearest, weighted_kmeans
 
 
 def drawn(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -85,3 +85,21 @@ def test_the_same_seed_gives_the_same_table() -> None:
     first, again, other = (weighted_kmeans(vectors, torch.ones(5000), 16, seed=s) for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_vectors_are_drawn_as_often_as_they_weigh() -> None:
+    weights = torch.tensor([1.0, 0.0, 3.0, 6.0])
+    drawn = drawn_by(weights, 1000, torch.Generator().manual_seed(0))
+    assert torch.bincount(drawn, minlength=4).tolist() == pytest.approx([100, 0, 300, 600], abs=1)
+
+
+def test_few_heavy_vectors_decide_the_table_although_most_are_not_looked_at() -> None:
+    draw = torch.Generator().manual_seed(0)
+    light, heavy = torch.randn(40_000, 2, generator=draw), torch.randn(400, 2, generator=draw) * 20
+    vectors, weights = torch.cat([light, heavy]), torch.cat([torch.ones(40_000), torch.full((400,), 1e4)])
+
+    def error(table: torch.Tensor) -> float:
+        return float(((vectors - table[nearest(vectors, table)]).square().sum(1) * weights).sum())
+
+    some, every = (weighted_kmeans(vectors, weights, 16, sample=number) for number in (200, 0))
+    assert error(some) < 1.2 * error(every)

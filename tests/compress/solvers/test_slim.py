@@ -29,7 +29,7 @@ from posttrain.compress.solvers.slim import (
     searched,
     sign_levels,
 )
-from posttrain.compress.solvers.slim_plus import MixedClipping, MixedRanges
+from posttrain.compress.solvers.slim_plus import MixedClipping, MixedRanges, SignRange
 from posttrain.trajectory import PosttrainError
 from tiny_models import make_policy, random_tokens
 
@@ -279,3 +279,20 @@ def test_learning_lowers_the_blocks_error() -> None:
         errors.append(float((model(input_ids=ids, use_cache=False).logits - before).detach().square().mean()))
         assert summary.bits < 2 + (16 + 16) / 8
     assert errors[1] < 0.9 * errors[0]
+
+
+def test_ends_of_one_bit_have_the_gradient_of_a_choice_that_is_fixed() -> None:
+    weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    part = SignRange(weight, 2, 0.01)
+    scale, low = part.levels()
+    codes = (weight.view(3, 2, 8) > (low + scale / 2)[..., None]).float()
+    found = part()
+    assert torch.allclose(found, (low[..., None] + codes * scale[..., None]).view(3, 16), atol=1e-6)
+    grad = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    by_upper, by_lower = torch.autograd.grad((found * grad).sum(), [part.upper, part.lower])
+    high_share, low_share = torch.sigmoid(part.upper), torch.sigmoid(part.lower)
+    by_group = grad.view(3, 2, 8)
+    assert torch.allclose(by_upper, (by_group * codes).sum(-1) * part.high * high_share * (1 - high_share), atol=1e-5)
+    assert torch.allclose(
+        by_lower, (by_group * (1 - codes)).sum(-1) * part.low * low_share * (1 - low_share), atol=1e-5
+    )

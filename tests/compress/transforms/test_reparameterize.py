@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from block_models import batches_of, blocks_of, first_block, logits, model_of, same, transform
+from posttrain.compress.activations.dual_clip import learned_extent
 from posttrain.compress.activations.static import StaticStep
 from posttrain.compress.fold import change, parameters
 from posttrain.compress.structure import norm_outputs, structure
@@ -197,3 +198,27 @@ def test_folded_gains(name: str) -> None:
     for block in blocks_of(model):
         for site in structure(block).norms:
             assert torch.equal(site.gain(parameters(block.module)), torch.ones(32))
+
+
+def test_a_channel_that_never_changes_has_no_say_in_the_common_zero_point() -> None:
+    made = Reparameterization(4)
+    scale, zero = torch.tensor([1e-3, 1.0, 2.0]), torch.tensor([-8000.0, 5.0, 8.0])
+    assert made.common(scale, zero) == (1.5, 6.0)
+    assert made.common(torch.ones(2), torch.tensor([3.0, 5.0])) == (1.0, 4.0)
+
+
+def test_a_learned_extent_loses_no_more_than_the_whole_one_and_keeps_dead_channels() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=draw) ** 3
+    x[:, 5] = 0.0
+    weight, extent = torch.randn(8, 6, generator=draw), x.abs().amax(0)
+
+    def loss(most: torch.Tensor) -> float:
+        scale = torch.where(most > 0, most / 7, torch.ones_like(most))
+        error = (torch.round(x / scale).clamp(-8, 7) * scale - x) @ weight.T
+        return float(error.square().sum())
+
+    found = learned_extent(x, [weight], extent, 4)
+    assert loss(found) < 0.9 * loss(extent)
+    assert bool((found <= extent).all())
+    assert float(found[5]) == 0

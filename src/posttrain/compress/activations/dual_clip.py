@@ -45,6 +45,34 @@ def learned_ends(
     return best
 
 
+def learned_extent(
+    x: Tensor, weights: Sequence[Tensor], extent: Tensor, bits: int, steps: int = 200, rate: float = 0.05
+) -> Tensor:
+    r"""`[in]` the largest size σ(φ) e of every channel's range around 0, e the whole one: see `learned_ends`."""
+    product = torch.stack([w.T @ w for w in weights]).sum(0)
+    middle = 2 ** (bits - 1)
+    zero = torch.full((len(extent), 1), float(middle))
+
+    def error(most: Tensor) -> Tensor:
+        scale = (most / (middle - 1))[:, None]
+        return quadratic(fake_quantized(x.T, scale, zero, 2 * middle - 1).T - x, product)
+
+    most = torch.where(extent > 0, extent, torch.ones_like(extent))
+    best, least = extent, float(error(most))
+    with torch.enable_grad():
+        inner = nn.Parameter(torch.full_like(extent, START))
+        optimizer = torch.optim.Adam([inner], lr=rate)
+        for _ in range(steps):
+            end = torch.sigmoid(inner) * most
+            loss = error(end)
+            if (now := float(loss.detach())) < least:
+                best, least = torch.where(extent > 0, end.detach(), extent), now
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    return best
+
+
 def soft_rounded(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """`[tokens, in]` rounded with whole zero points; what is cut off at an end has its gradient to that end alone.
 

@@ -14,7 +14,7 @@ from posttrain.compress.packed.uniform import UniformWeight
 from posttrain.trajectory import PosttrainError
 
 Zero = Literal["none", "integer", "float"]
-STEPS, SHRINK, POWER = 80, 0.8, 2.4  # of GPTQ's search of the range: p = 1 - i/100, errors to the power 2.4
+STEPS, SHRINK, POWER = 80, 0.8, 2.4  # of the search of the range: shares 1 - i/80 down to 0.2, errors to the power 2.4
 SMALLEST = 6e-8  # the smallest scale that half precision holds
 
 

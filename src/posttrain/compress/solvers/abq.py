@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.solvers.equivalent import WithScales
-from posttrain.compress.solvers.learned import SoftWeight
+from posttrain.compress.solvers.learned import SoftWeight, grouped_range
 from posttrain.compress.solvers.omniquant import START, ClippedRange
 from posttrain.compress.solvers.reconstruct import Known, Seen, Target
 from posttrain.compress.walk import Block
@@ -28,6 +28,9 @@ class CorrectedRange(ClippedRange):
         self.correction_rate = correction_rate
         self.column = nn.Parameter(torch.zeros(self.weight.shape[0], 1))
         self.row = nn.Parameter(torch.ones(1, self.weight.shape[1]))
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        return grouped_range(self.meant(), self.low.shape[1])
 
     def meant(self) -> Tensor:
         return super().meant() + self.column * self.row
@@ -73,8 +76,8 @@ class ArbitraryBit(WithScales):
 
     @staticmethod
     def _corrects(block: Block, name: str, known: Known) -> bool:
-        """Whether a layer is the one that ends a block near either end of the model."""
-        reached = [stage for stage in block.stages if stage]
+        """Whether a layer is one of those that end a block near either end of the model (of a mixture: all experts)."""
+        reached = [phase for phase in block.phases if phase]
         outer = block.index < FIRST or block.index >= known.blocks - LAST
         return outer and name in reached[-1]
 

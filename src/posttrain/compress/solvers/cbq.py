@@ -102,6 +102,15 @@ def _quantile(ascending: Tensor, share: float) -> float:
 
 
 def truncated(weight: Tensor) -> Tensor:
-    """The weight with outlying sizes cut to the largest that is none."""
-    limit = reserved_limit(weight.abs())
+    """The weight with outlying sizes cut to the largest that is none.
+
+    Settled here: nothing is cut where the gap before the outlying is no wider than the standard deviation of the sizes
+    that stay. Some split of the candidates always wins, of a normal distribution one a hair above T, at 2.4 standard
+    deviations; rounding could not bring back what is cut off there.
+    """
+    sizes = weight.abs()
+    limit = reserved_limit(sizes)
+    stay = sizes <= limit
+    if stay.all() or float(sizes[~stay].min()) - limit <= float(sizes[stay].std()):
+        return weight
     return weight.clamp(-limit, limit)

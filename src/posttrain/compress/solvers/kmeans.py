@@ -30,15 +30,15 @@ def weighted_kmeans(
     *,
     iterations: int = 25,
     tolerance: float = 1e-5,
-    sample: int = 50,
+    sample: int = 200,
     seed: int = 0,
 ) -> Tensor:
     """`[count, v]` centroids that make the weighted squared distance of `[n, v]` vectors to their nearest one small.
 
     weights: `[n]`; vectors of weight 0 have no say. iterations: at most; it ends when one gains less than a share of
-    `tolerance`. sample: at most so many vectors a centroid are looked at, drawn by seed (0: all). Centroids begin at
-    different vectors drawn by seed; one that no vector is nearest to moves to the vector that is served worst. Where
-    there are no more different vectors than centroids, they are the centroids.
+    `tolerance`. sample: at most so many vectors a centroid are looked at, drawn by seed and by their weights, then
+    alike (0: all). Centroids begin at different vectors drawn by seed; one that no vector is nearest to moves to the
+    vector that is served worst. Where there are no more different vectors than centroids, they are the centroids.
     """
     table = torch.zeros(count, vectors.shape[1])
     vectors, weights = vectors[weights > 0].float(), weights[weights > 0].float()
@@ -47,8 +47,8 @@ def weighted_kmeans(
     draw = torch.Generator().manual_seed(seed)
     whole = vectors
     if sample and len(vectors) > sample * count:
-        chosen = torch.randperm(len(vectors), generator=draw)[: sample * count]
-        vectors, weights = vectors[chosen], weights[chosen]
+        chosen = drawn_by(weights, sample * count, draw)
+        vectors, weights = vectors[chosen], torch.ones(len(chosen))
     distinct = _distinct(vectors, draw)
     if len(distinct) <= count and len(whole) > len(vectors):
         distinct = _distinct(whole, draw)
@@ -72,6 +72,16 @@ def weighted_kmeans(
             break
         before = error
     return table
+
+
+def drawn_by(weights: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """`[count]` places, each drawn with a chance in proportion to its `[n]` weights, with replacement.
+
+    At even steps from a random start along the running sum, so that what weighs much is drawn as often as it weighs.
+    """
+    total = weights.double().cumsum(0)
+    at = (torch.arange(count, dtype=torch.float64) + torch.rand(1, generator=draw, dtype=torch.float64)) / count
+    return torch.searchsorted(total, at * total[-1]).clamp_(max=len(weights) - 1)
 
 
 def _distinct(vectors: Tensor, draw: torch.Generator) -> Tensor:

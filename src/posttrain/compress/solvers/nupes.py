@@ -95,7 +95,7 @@ class LearnedPower(Reconstruction):
     """
 
     exponent: float | None = None
-    rate: float = 0.01
+    rate: float = 0.1
     exponent_rate: float = 0.001
 
     def __post_init__(self) -> None:

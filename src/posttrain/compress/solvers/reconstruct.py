@@ -228,7 +228,8 @@ class Reconstruction(Solver):
             assert start is not None
             before = [_before(block) for block in blocks]
             weights = known.outputs[blocks[-1].index] if known.outputs else [None] * len(start)
-            with watched_attention(before if self.watches_attention else []) as maps:
+            wants_maps = self.watches_attention and target == self.targets[0]
+            with watched_attention(before if wants_maps else []) as maps:
                 found[target] = []
                 for i, call in enumerate(start):
                     maps.clear()

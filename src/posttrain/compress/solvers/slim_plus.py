@@ -13,7 +13,7 @@ from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.packed.mixed import MixedColumns
 from posttrain.compress.packed.uniform import UniformWeight
 from posttrain.compress.packed.weight import PackedWeight
-from posttrain.compress.solvers.learned import SoftWeight, fake_quantized, held, held_scale, nearest
+from posttrain.compress.solvers.learned import SoftWeight, held, held_scale, nearest
 from posttrain.compress.solvers.omniquant import START, ClippedRange
 from posttrain.compress.solvers.reconstruct import Known, Reconstruction
 from posttrain.compress.solvers.slim import SliM, sign_levels
@@ -73,7 +73,8 @@ class MixedRanges(SoftWeight):
 class SignRange(ClippedRange):
     """One bit: the ends of the learned range themselves, beginning at the two values of `sign_levels`.
 
-    An integer zero point would leave 0 as one of two values, so the lower end is stored.
+    An integer zero point would leave 0 as one of two values, so the lower end is stored. Which of the two a weight
+    takes is a constant for the gradient: the straight-through term, small where levels are close, would be most of it.
     """
 
     def __init__(self, weight: Tensor, groups: int, rate: float) -> None:
@@ -91,7 +92,9 @@ class SignRange(ClippedRange):
 
     def forward(self) -> Tensor:
         scale, zero = self.levels()
-        return fake_quantized(self.weight, scale, zero, 1, float_zero=True)
+        codes = nearest(self.weight, scale.detach(), zero.detach(), 1, float_zero=True)
+        by_group = codes.view(*scale.shape, -1)
+        return torch.addcmul(zero[..., None], by_group, scale[..., None]).view(self.weight.shape)
 
     def pack(self) -> PackedWeight:
         scale, zero = self.levels()

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.compress.activations.dual_clip import learned_ends
+from posttrain.compress.activations.dual_clip import learned_ends, learned_extent
 from posttrain.compress.activations.dynamic import check_bits
 from posttrain.compress.activations.percentile import affine, least_ends
 from posttrain.compress.activations.static import StaticStep, symmetric_scale
@@ -84,6 +84,10 @@ class Reparameterization(Transform):
     def channels(self, met: InputMoments, weights: Sequence[Tensor], shifts: bool) -> tuple[Tensor, Tensor]:
         """`[in]` s and z of what a norm gives; z is 0 where it takes no shift. weights: `[out, in]` of its readers."""
         low, high = met.minimum, met.maximum
+        if self.ends == "learned" and not shifts:
+            extent = torch.maximum(-low, high).clamp(min=0)
+            extent = learned_extent(met.kept, weights, extent, self.bits, self.steps, self.rate)
+            return raised(symmetric_scale(extent, self.bits)), torch.zeros_like(low)
         if self.ends == "percentile":
             low, high = least_ends(met.kept.T, self.bits)
         elif self.ends == "learned":
@@ -95,7 +99,10 @@ class Reparameterization(Transform):
         return scale, torch.round(-low / scale)
 
     def common(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """s̃ and z̃."""
+        """s̃ and z̃, of the channels that do change: the zero point of one that hardly does may be anything."""
+        alive = scale > SMALLEST * scale.mean() * (1 + 1e-6)
+        if alive.any():
+            scale, zero = scale[alive], zero[alive]
         if self.centre == "median":
             return scale.median(), zero.median()
         return scale.mean(), zero.mean().round() if self.whole else zero.mean()

@@ -37,7 +37,8 @@ class OutlierSuppression(Transform):
     grid: of the weights. bits, symmetric, per: of the inputs. Per `tensor` has the range [-t, t].
     shift: None where the norm has a bias and all its readers are linear layers; True insists, False never.
     scale: whether to search t at all. lower: smallest t that is tried (1.0 in the paper for OPT and BERT).
-    tokens: of the calibration that ranges and search are of, in whole batches (one batch in the paper).
+    tokens: of the calibration that the search looks at, in whole batches (one batch in the paper). Ranges, which z, s
+    and the largest t follow from, are of all of it, as those of `Static` behind it are.
 
     Reference: Outlier Suppression+, 2023, arXiv 2304.09145 (card 145).
     """
@@ -66,14 +67,14 @@ class OutlierSuppression(Transform):
             calls = leading(block.inputs, self.tokens)
             for pair in found.pairs:
                 if not pair.attention and pair.one_to_one and pair.second in block.linears:
-                    met = block.moments([pair.second], gram=False, calls=calls)[pair.second]
+                    met = block.moments([pair.second], gram=False)[pair.second]
                     part = Part(block, [pair.second], calls)
                     scale = self._search(block, part, [pair.second], met.minimum, met.maximum, None)
                     change(block.module, pair.scaled(parameters(block.module), scale))
 
     def _norm(self, block: Block, found: Structure, site: NormSite, names: Sequence[str]) -> None:
         calls = leading(block.inputs, self.tokens)
-        met = norm_outputs(block, [site.norm], calls=calls)[site.norm]
+        met = norm_outputs(block, [site.norm])[site.norm]
         shift = centre(met.minimum, met.maximum) if self._shifts(block, site) else None
         away = shift if shift is not None else torch.zeros_like(met.minimum)
         scale = torch.ones_like(met.minimum)
