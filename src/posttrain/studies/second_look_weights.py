@@ -207,9 +207,9 @@ def granet_longer() -> Study:
     """Regrown connections with the time to become worth something: eight times the training, and fewer weights left.
 
     In the study `granet` GraNet was below gradual pruning: a regrown connection had five updates before it was judged,
-    where the paper's has a thousand, in a training of 100 steps, where the paper's has sixty thousand. The card was read
-    again: sparsities, drops, growth and what is done to the optimizer are as it says. Here there are 800 steps with an
-    event every 40, and 90 % of the weights go, since the card expects ties where networks are not tight.
+    where the paper's has a thousand, in a training of 100 steps, where the paper's has sixty thousand. The card was
+    read again: sparsities, drops, growth and what is done to the optimizer are as it says. Here there are 800 steps
+    with an event every 40, and 90 % of the weights go, since the card expects ties where networks are not tight.
 
     Rule, fixed before the run: GraNet's accuracy is above that of gradual pruning, and that of gradual pruning above
     that of pruning at once.
