@@ -159,16 +159,18 @@ def paser() -> Study:
     )
 
 
-def recovered(method: Method | Pipeline | None, *, share: float = 0.5, prompts: int = 192) -> Arm:
+def recovered(method: Method | Pipeline | None, *, share: float = 0.5, prompts: int = 192, models: int = 3) -> Arm:
     """An arm that prunes the lab's language model by size, in place, and lets it recover by a method.
 
     Figures: `accuracy` (greedy, on held-out problems), `divergence` (Jensen–Shannon, nats a token of the answers of 200
-    training rows, from the model before pruning), and what the choice of rows tells (`recovery/...`).
+    training rows, from the model before pruning), and what the choice of rows tells (`recovery/...`). share: of the
+    weights that go. models: how many seeds of the model there are.
     """
     from posttrain import lab
 
     arguments = {
         "method": method, "preset": "mixed", "model": lab.preset("mixed").key, "share": share, "prompts": prompts,
+        "models": models,
     }  # fmt: skip
     return Arm(run_recovered, arguments, (zero_smallest,))
 
@@ -181,13 +183,14 @@ def run_recovered(
     preset: str,
     share: float,
     prompts: int,
+    models: int = 3,
     model: str = "",
 ) -> Measured:
     """See `recovered`; `model` is the preset's key in the lab."""
     from posttrain import lab
     from posttrain.data.recovery import Recovery, divergences
 
-    policy = lab.model(preset, seed % 3)
+    policy = lab.model(preset, seed % models)
     teacher, task, rows = policy.frozen_copy(), lab.task(preset), 200
     zero_smallest(policy, share)
     figures: dict[str, float] = {}
