@@ -96,14 +96,31 @@ def test_lora_on_values_alone(tiny_tokenizer):
     assert_same_computation(policy, ragged_batch())
 
 
-def test_bf16_stays_close(tiny_tokenizer):
-    policy = make_policy("llama", tiny_tokenizer)
+@pytest.mark.parametrize("name", ["llama", "mamba"])  # whose states are fp32 in bf16 too
+def test_bf16_stays_close(name, tiny_tokenizer):
+    policy = make_policy(name, tiny_tokenizer)
     policy.model.to(torch.bfloat16)
-    assert policy.packs
+    assert policy.packs == (name == "llama")
     batch = ragged_batch()
     with torch.no_grad():
         found, expected = policy.log_likelihood(batch).logp, plain_log_likelihood(policy, batch)
     assert float((found - expected).abs().mean()) < 0.05
+
+
+def test_states_in_another_precision_than_the_head(tiny_tokenizer):
+    """Mamba keeps its residual stream in fp32: scored, compared with a reference and trained as any other."""
+    policy = make_policy("mamba", tiny_tokenizer)
+    policy.model.to(torch.bfloat16)
+    batch = ragged_batch()
+    assert policy.hidden_states(batch).dtype == torch.float32
+    found = policy.log_likelihood(batch, entropy=True, reference=policy.frozen_copy().log_likelihood(batch))
+    assert found.entropy is not None
+    assert found.divergence is not None
+    assert float(found.divergence.detach().abs().max()) < 1e-3
+    (found.logp.sum() + found.entropy.sum()).backward()
+    gradients = [p.grad for _, p in policy.trainable_parameters() if p.grad is not None]
+    assert len(gradients) > 10
+    assert all(bool(torch.isfinite(g).all()) for g in gradients)
 
 
 def test_attention_of_the_model_is_its_own_again_afterwards(tiny_tokenizer):

@@ -7,10 +7,13 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -19,6 +22,7 @@ from posttrain.models import load as loading
 from posttrain.models.adapters import add_lora
 from posttrain.models.load import BUNDLED, best_dtype, cache_folder, load
 from posttrain.trajectory import PosttrainError
+from tiny_models import ARCHITECTURES, make_policy
 
 PROMPT = torch.tensor([[1, 70, 71, 72, 90, 5]])
 
@@ -150,9 +154,115 @@ def test_damaged_weights_are_a_one_line_error(saved, tmp_path):
 def test_another_kind_of_model_is_a_one_line_error(saved, tmp_path):
     folder = copy(saved, tmp_path / "encoder")
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    with pytest.raises(PosttrainError, match="cannot load a causal language model") as error:
+    with pytest.raises(
+        PosttrainError, match=r"encoder is no causal language model but of the kind T5; .*compress_model"
+    ):
+        load(folder)
+    for tokenizer in ("tokenizer.json", "tokenizer_config.json"):  # which many models of other kinds do not have
+        (folder / tokenizer).unlink()
+    with pytest.raises(PosttrainError, match="of the kind T5") as error:
         load(folder)
     one_line(error)
+
+
+def test_a_folder_without_a_tokenizer(saved, tmp_path):
+    folder = copy(saved, tmp_path / "mute", without="tokenizer.json")
+    with pytest.raises(
+        PosttrainError, match=r"mute has no tokenizer \(no tokenizer\.json in it\); copy tokenizer\.json"
+    ):
+        load(folder)
+
+
+# -- weights that are not there ----------------------------------------------------------------------------------------
+
+
+def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """The folder, with something done to its tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        (["model.layers.1.mlp.up_proj.weight"], r"1 tensor \(model\.layers\.1\.mlp\.up_proj\.weight\)"),
+        (["model.norm.weight"], r"1 tensor \(model\.norm\.weight\)"),
+        (["model.embed_tokens.weight"], r"2 tensors \(lm_head\.weight, model\.embed_tokens\.weight\)"),  # tied
+        (
+            [f"model.layers.0.self_attn.{c}_proj.weight" for c in "kqvo"],
+            r"4 tensors \(model\.layers\.0\.self_attn\.k_proj\.weight, \S+o_proj\S+, \S+q_proj\.weight and 1 more\)",
+        ),
+    ],
+)
+def test_missing_weights_are_told_by_name_and_never_made_up(saved, tmp_path, missing, told):
+    folder = changed(copy(saved, tmp_path / "part"), lambda tensors: [tensors.pop(name) for name in missing])
+    with pytest.raises(PosttrainError, match=rf"part lacks {told}; copy the folder again$") as error:
+        load(folder, device="cpu")
+    one_line(error)
+
+
+def test_weights_in_other_shapes_are_told_with_both(saved, tmp_path):
+    folder = changed(
+        copy(saved, tmp_path / "other"), lambda tensors: tensors.update({"model.norm.weight": torch.ones(7)})
+    )
+    with pytest.raises(
+        PosttrainError, match=r"says \(model\.norm\.weight \[7\] instead of \[32\]\); copy the folder again"
+    ):
+        load(folder, device="cpu")
+
+
+def test_a_missing_expert_is_an_error_of_one_line(tmp_path):
+    policy = make_policy("mixtral", make_tokenizer())
+    folder = changed(
+        policy.save(tmp_path / "experts"),
+        lambda tensors: tensors.pop(min(name for name in tensors if ".experts." in name)),
+    )
+    with pytest.raises(PosttrainError, match="do not fit, so that one is missing or of another shape; copy it again"):
+        load(folder, device="cpu")
+
+
+def test_tensors_that_a_model_does_not_know_are_left(saved, tmp_path):
+    folder = changed(
+        copy(saved, tmp_path / "more"), lambda tensors: tensors.update({"model.layers.9.up.weight": torch.ones(2)})
+    )
+    assert torch.equal(logits(load(folder, precision="fp32", device="cpu").model), logits(make_model()))
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_whole_models_of_every_architecture_load(tmp_path, architecture):
+    """With what each leaves out of its files and makes again: tied weights, buffers, positions, fused experts."""
+    policy = make_policy(architecture, make_tokenizer())
+    again = load(policy.save(tmp_path), precision="fp32", device="cpu")
+    expected = policy.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["BertLMHeadModel", "BertForMaskedLM", "BertForPreTraining"])
+def test_bert_with_a_head_loads_and_without_one_does_not(tmp_path, kind):
+    config = transformers.BertConfig(
+        vocab_size=259, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    )
+    for name in (kind, "BertModel"):
+        getattr(transformers, name)(config).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    assert type(load(tmp_path / kind, device="cpu").model).__name__ == "BertLMHeadModel"
+    with pytest.raises(PosttrainError, match=r"BertModel lacks 6 tensors \(cls\.predictions\.bias, "):
+        load(tmp_path / "BertModel", device="cpu")
+
+
+def test_a_model_with_its_adapter_in_the_folder_loads(saved, tmp_path):
+    """As peft and transformers write it: the weights of the model, and beside them those of the adapter."""
+    folder = copy(saved, tmp_path / "adapted")
+    adapted = add_lora(load(saved, precision="fp32", device="cpu"), rank=2, target_modules=["q_proj"])
+    with torch.no_grad():
+        for _, parameter in adapted.trainable_parameters():
+            parameter.fill_(0.1)
+    adapted.model.save_pretrained(folder)
+    policy = load(folder, precision="fp32", device="cpu")
+    torch.testing.assert_close(logits(policy.model), logits(adapted.model))
+    assert not torch.allclose(logits(policy.model), logits(make_model()), atol=1e-3)
 
 
 REMOTE = """
@@ -225,11 +335,28 @@ def test_what_cannot_be_a_hub_id_is_a_missing_path(name):
         load(name)
 
 
+@pytest.mark.parametrize("name", ["nowhere.gguf", "nowhere/at/all.gguf", "some/model.GGUF"])
+def test_a_gguf_file_that_is_not_there_is_told_without_asking_the_hub(name, monkeypatch):
+    monkeypatch.setattr(loading, "_from_pretrained", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(PosttrainError, match=rf"no model at {name}: no such file; expected a \.gguf file"):
+        load(name)
+
+
+def test_a_name_in_a_folder_that_is_there_is_a_missing_path(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        PosttrainError, match=r"^no model at runs/no-such: no such folder or file; as a hub id: "
+    ) as error:
+        load("runs/no-such")
+    one_line(error)
+
+
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "gpt-none"])
 def test_a_hub_id_without_a_network_is_a_one_line_error(name):
     with pytest.raises(PosttrainError, match="cannot load a causal language model from") as error:
         load(name)
-    assert "bundled models: smollm2-135m" in one_line(error)
+    assert "there is no such folder or file either; bundled models: smollm2-135m" in one_line(error)
 
 
 def test_settings_that_do_not_exist(saved):
@@ -275,6 +402,19 @@ def test_a_gguf_file_is_dequantized_exactly_and_saved_as_a_plain_folder(gguf_fil
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("the é<|im_end|>")["input_ids"] == policy.tokenizer("the é<|im_end|>")["input_ids"]
     assert tokenizer.chat_template == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("without", "told"),
+    [
+        ("blk.1.ffn_up.weight", r"model\.layers\.1\.mlp\.up_proj\.weight"),
+        ("output_norm.weight", r"model\.norm\.weight"),
+    ],
+)
+def test_a_gguf_file_that_lacks_a_tensor(tmp_path, without, told):
+    write_gguf(tmp_path / "part.gguf", without=without)
+    with pytest.raises(PosttrainError, match=rf"part\.gguf lacks 1 tensor \({told}\); copy the file again"):
+        load(tmp_path / "part.gguf", device="cpu")
 
 
 def test_precision_of_a_gguf_file_does_not_touch_its_positions(gguf_file, tmp_path):

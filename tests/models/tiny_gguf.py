@@ -19,8 +19,8 @@ def vocabulary() -> list[str]:
     return [*sorted(known, key=lambda token: known[token]), *(m.replace(" ", "") for m in MERGES)]
 
 
-def write_gguf(file: Path, seed: int = 0) -> dict[str, np.ndarray]:
-    """Write the file; returns the values of each tensor after quantization, fp32, by GGUF name."""
+def write_gguf(file: Path, seed: int = 0, without: str = "") -> dict[str, np.ndarray]:
+    """Write the file, but for one tensor; returns the values of each after quantization, fp32, by GGUF name."""
     tokens = vocabulary()
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(LAYERS)
@@ -58,6 +58,7 @@ def write_gguf(file: Path, seed: int = 0) -> dict[str, np.ndarray]:
             f"blk.{i}.ffn_up.weight": (INNER, WIDTH),
             f"blk.{i}.ffn_down.weight": (WIDTH, INNER),
         }
+    shapes.pop(without, None)
     values = {}
     for name, shape in shapes.items():
         kind = gguf.GGMLQuantizationType.F32

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from posttrain.native import library
 from posttrain.objective import logprob
 from posttrain.objective.logprob import Divergence, Head, TokenStatistics, token_statistics
 
@@ -348,3 +350,21 @@ def test_what_is_kept_for_the_backward_pass_is_a_few_numbers_a_token() -> None:
     many = largest(4096, fused=True)[1]
     assert (many - few) / (4096 - 64) <= 2 + 4  # the hidden state's width; target, normaliser, entropy, divergence
     assert largest(4096, fused=False)[1] >= 4096 * 512
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_states_are_rounded_to_the_precision_of_the_head(native: bool) -> None:
+    """As a model does that keeps its states in fp32 and projects them with a head in bf16."""
+    hidden, weight, _, target, _, _ = inputs(dtype=torch.float32)
+    low = weight.detach().bfloat16()
+    with contextlib.nullcontext() if native else library.switched_off():
+        found = token_statistics(hidden, target, Head(low), entropy=True)
+        expected = token_statistics(hidden.detach().bfloat16(), target, Head(low), entropy=True)
+        assert found.entropy is not None
+        assert expected.entropy is not None
+        assert torch.equal(found.logp, expected.logp)
+        assert torch.equal(found.entropy, expected.entropy)
+        found.logp.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.float32
+    assert torch.equal(Head(low).logits(hidden.detach()), Head(low).logits(hidden.detach().bfloat16()))

@@ -45,3 +45,9 @@ def test_samples_are_decoded_in_parts(rows, tiny_tokenizer):
     )
     assert play(policy, rows) == expected
     assert max(batches) == rows
+
+
+def test_a_model_that_keeps_its_states_in_fp32_draws_in_bf16(tiny_tokenizer):
+    policy = make_policy("mamba", tiny_tokenizer)
+    policy.model.to(torch.bfloat16)
+    assert all(len(tokens) and max(logp) <= 0 for row in play(policy) for tokens, logp in row)

@@ -243,7 +243,7 @@ class CausalPolicy:
         """Refuse a model whose logits are not what `head` computes, rather than train on wrong probabilities."""
         logits = self.model(**self._padded(probe), use_cache=False).logits
         own = logits[probe.sequence.to(self.device), (probe.place - 1).to(self.device)].float()
-        if not self._close(own, self.head().logits(hidden.to(self.dtype))):
+        if not self._close(own, self.head().logits(hidden)):
             raise PosttrainError(
                 f"{self.name}: {type(self.base).__name__} changes its logits in a way that is not known here; "
                 f"expected a linear vocabulary projection with an optional scale and soft cap"

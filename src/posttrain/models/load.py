@@ -29,6 +29,8 @@ BUNDLED = {
 }
 DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp32": torch.float32, "float32": torch.float32}
 Precision = Literal["auto", "bf16", "fp32"]
+# files that tokenizers are read from; a tokenizer_config.json alone is none
+TOKENIZERS = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
 
 def cache_folder() -> Path:
@@ -128,16 +130,72 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    options: dict[str, Any] = {"trust_remote_code": trust, "revision": revision or "main"}
+    read: Any = AutoModelForCausalLM.from_pretrained
     try:
-        options: dict[str, Any] = {"trust_remote_code": trust, "revision": revision or "main"}
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, **options)
+        # of a tensor in another shape transformers tells no more than that there is one
+        told: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, found = read(where, dtype=dtype, use_safetensors=True, **told, **options)
     except Exception as error:  # transformers raises many types; each becomes one line that keeps its first sentence
-        reason = " ".join(str(error).split())[:300]
-        if "trust_remote_code" in str(error) and not trust:
-            reason = "it brings its own Python code, which runs only when asked for; read it and set trust_remote_code"
-        raise PosttrainError(f"cannot load a causal language model from {where}: {reason}") from error
+        raise PosttrainError(_refused(where, error, options)) from error
+    _check_whole(where, model, found, "copy the folder again" if Path(where).is_dir() else "fetch it again")
     return model, tokenizer
+
+
+def _refused(where: str, error: Exception, options: dict[str, Any]) -> str:
+    """In one line, why a model was not loaded."""
+    if (kind := _other_kind(where, options)) is not None:
+        return (
+            f"{where} is no causal language model but of the kind {kind}; models of other kinds can be compressed in "
+            f"Python alone, with posttrain.compress.pipeline.compress_model"
+        )
+    if Path(where).is_dir() and not any(any(Path(where).glob(pattern)) for pattern in TOKENIZERS):
+        return (
+            f"{where} has no tokenizer (no tokenizer.json in it); copy tokenizer.json and tokenizer_config.json from "
+            f"the model that it was made of"
+        )
+    reason = " ".join(str(error).split())[:300]
+    if "trust_remote_code" in str(error) and not options["trust_remote_code"]:
+        reason = "it brings its own Python code, which runs only when asked for; read it and set trust_remote_code"
+    elif "conversion of the weights" in reason:  # experts that transformers puts together, and whose number is wrong
+        reason = "tensors that belong together do not fit, so that one is missing or of another shape; copy it again"
+    return f"cannot load a causal language model from {where}: {reason}"
+
+
+def _other_kind(where: str, options: dict[str, Any]) -> str | None:
+    """What a model is that is no causal language model; None where it is one, or its configuration cannot be read."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(where, **options)
+    except Exception:  # which is what the user is then told
+        return None
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None):
+        return None
+    return type(config).__name__.removesuffix("Config")
+
+
+def _check_whole(where: str, model: Any, found: dict[str, Any], again: str) -> None:
+    """PosttrainError for a weight that the files lack or hold in another shape: transformers makes it up at random.
+
+    found: what transformers says of the loading. A buffer that is missing has the value that the architecture gives it.
+    """
+    missing = sorted(set(found["missing_keys"]) - {name for name, _ in model.named_buffers()})
+    if missing:
+        count = f"{len(missing)} tensor{'s' if len(missing) > 1 else ''}"
+        raise PosttrainError(f"{where} lacks {count} ({_few(missing)}); {again}")
+    wrong = [
+        f"{name} {list(held)} instead of {list(wanted)}" for name, held, wanted in sorted(found["mismatched_keys"])
+    ]
+    if wrong:
+        raise PosttrainError(
+            f"{where} holds tensors in other shapes than its configuration says ({_few(wrong)}); {again}"
+        )
+
+
+def _few(told: list[str]) -> str:
+    return ", ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
 
 
 def _from_hub(
@@ -150,6 +208,8 @@ def _from_hub(
 
     near = difflib.get_close_matches(name, BUNDLED, n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; bundled models: {', '.join(BUNDLED)}"
+    if name.lower().endswith(".gguf"):
+        raise PosttrainError(f"no model at {name}: no such file; expected a .gguf file{hint}")
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -159,7 +219,13 @@ def _from_hub(
     try:
         return _from_pretrained(name, dtype, trust, revision)
     except PosttrainError as error:
-        raise PosttrainError(f"{error}{hint}") from error.__cause__
+        if error.__cause__ is None:  # it was there, and is not whole
+            raise
+        if "/" in name and Path(name).parent.is_dir():  # a path, by the looks of it
+            raise PosttrainError(
+                f"no model at {name}: no such folder or file; as a hub id: {error}"
+            ) from error.__cause__
+        raise PosttrainError(f"{error}; there is no such folder or file either{hint}") from error.__cause__
 
 
 def _from_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -172,17 +238,20 @@ def _from_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
             raise PosttrainError(f"{file} is no model: expected a .gguf file or a transformers folder")
     quiet = not logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    read: Any = AutoModelForCausalLM.from_pretrained
     try:
         where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         # dequantizing takes a second or two and draws a bar of its own that no setting silences
         with contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(**where)
-            loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            told: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            loaded, found = read(**where, dtype=torch.float32, **told)
     except Exception as error:
         raise PosttrainError(f"cannot read {file}: {' '.join(str(error).split())[:300]}") from error
     finally:
         if not quiet:
             logging.enable_progress_bar()
+    _check_whole(str(file), loaded, found, "copy the file again")
     plain = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     # made in `dtype` rather than cast to it: casting would also round the frequencies of rotary positions
     rebuilt = AutoModelForCausalLM.from_config(type(loaded.config)(**plain), dtype=dtype)

@@ -85,7 +85,8 @@ class Head:
         return grad
 
     def product(self, hidden: Tensor) -> Tensor:
-        """`hidden @ weight.T`: `[tokens, width]` to `[tokens, vocab]` in their dtype."""
+        """`hidden @ weight.T`: `[tokens, width]` to `[tokens, vocab]` in the dtype of the weight."""
+        hidden = hidden.to(self.weight.dtype)  # those of Mamba are in fp32 whatever its weights are
         return hidden @ self.weight.T if self.packed is None else self.packed.product(hidden)
 
     def _projected(self, hidden: Tensor) -> Tensor:
@@ -124,7 +125,8 @@ def token_statistics(
     r"""Log-probability of `target` under `softmax(head(hidden))`, differentiable in hidden, weight and bias.
 
     Args:
-        hidden: `[tokens, width]`, any floating dtype; products are taken in it, the softmax in fp32 at least.
+        hidden: `[tokens, width]`, any floating dtype; products are taken in that of the head's weight, the softmax in
+            fp32 at least.
         target: `[tokens]` int64.
         head: the projection.
         entropy: also return :math:`-\sum_v p_v \log p_v` (differentiable).
@@ -140,6 +142,7 @@ def token_statistics(
     if chunk_elements is None:
         chunk_elements = DEVICE_ELEMENTS if on_gpu(head.weight) else CHUNK_ELEMENTS
     rows = max(1, chunk_elements // head.weight.shape[0])
+    hidden = hidden.to(head.weight.dtype)
     logp, ent, div = _Fused.apply(hidden, head.weight, head.bias, target, head, entropy, reference, divergence, rows)
     return TokenStatistics(logp, ent if entropy else None, div if reference is not None else None)
 

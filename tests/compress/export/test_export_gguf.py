@@ -219,7 +219,7 @@ def unscaled() -> CausalPolicy:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tiny("gemma2"), r"gemma2 is a gemma2 model; GGUF is written of llama, mistral, qwen2, qwen3"),
+        (lambda: tiny("gemma2"), r"gemma2 is of the architecture gemma2; GGUF is written of llama, mistral, qwen"),
         (lambda: tiny("mistral"), r"mistral has a sliding window of 4 tokens, which is not written to GGUF"),
         (lambda: tiny("qwen2-window"), r"has a sliding window of 4 tokens"),
         (lambda: tiny(hidden_act="gelu"), r"has the activation gelu, which is not written to GGUF; expected silu"),
@@ -234,7 +234,7 @@ def unscaled() -> CausalPolicy:
         (lambda: small_of(plain(), methods.rtn(bits=8, group=32)), r"in 8 bits with zero points; expected --bits 7 or"),
         (lambda: small_of(plain(), methods.ptqtp(group=16)), r"'ternary', which no type of GGUF holds \(ptqtp\)"),
         (lambda: small_of(plain(), methods.smoothquant()), r"a step of kind 'dynamic' .* holds weights alone"),
-        (lambda: small_of(tiny("mixtral")), r"mixtral rtn is a mixtral model"),
+        (lambda: small_of(tiny("mixtral")), r"mixtral rtn is of the architecture mixtral"),
         (with_own_groups, r"up_proj has groups that are no runs of columns"),
         (unscaled, r"up_proj has a smallest value beyond half precision"),
         (

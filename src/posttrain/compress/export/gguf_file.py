@@ -125,7 +125,8 @@ def _architecture(policy: CausalPolicy) -> Architecture:
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise PosttrainError(
-            f"{policy.name} is a {config.model_type} model; {PROGRAM} is written of {', '.join(ARCHITECTURES)}"
+            f"{policy.name} is of the architecture {config.model_type}; {PROGRAM} is written of "
+            f"{', '.join(ARCHITECTURES)}"
         )
     rope = config.rope_parameters
     rotary, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
