@@ -19,6 +19,7 @@ from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.moments import InputMoments
 from posttrain.compress.packed.inputs import InputStep
 from posttrain.compress.packed.linear import PackedLinear
+from posttrain.compress.packed.weight import PackedWeight
 from posttrain.compress.pipeline import check, compress_model, fitting_group
 from posttrain.compress.solvers.rtn import RoundToNearest, rounded
 from posttrain.compress.stacks import linears, stacks, whole_names
@@ -279,12 +280,39 @@ def test_everything_skipped() -> None:
         compress_model(model, EIGHT, batches, skip=["*"])
 
 
-@pytest.mark.parametrize("made", [EIGHT, methods.gptq(group=0)])
-def test_weights_that_are_not_finite(made: methods.Compression) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("made", [EIGHT, methods.gptq(group=0), methods.awq(group=0), methods.quarot()])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_weights_that_are_not_finite_are_told_before_anything_is_done(
+    name: str, made: methods.Compression, value: float
+) -> None:
     model, batches = walkable("llama")
-    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = torch.nan
-    with pytest.raises(PosttrainError, match=r"^model\.layers\.1\.mlp\.down_proj holds weights that are not finite"):
+    model.config._name_or_path = "some/model"
+    model.get_parameter(name).data.flatten()[-1] = value
+    with pytest.raises(
+        PosttrainError, match=r"^some/model holds weights that are not finite \((\S+)\); repair"
+    ) as error:
         compress_model(model, made, batches)
+    assert f"({name})" in str(error.value)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def test_many_weights_that_are_not_finite_are_counted() -> None:
+    model, _ = walkable("bert")
+    for parameter in model.encoder.layer[0].attention.self.parameters():
+        parameter.data.fill_(-torch.inf)
+    with pytest.raises(PosttrainError, match=r"^BertModel holds .* \((encoder\S+, ){2}encoder\S+ and 3 more\); repair"):
+        check(model, EIGHT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finite_weights_are_no_error_however_large(dtype: torch.dtype) -> None:
+    model, _ = walkable("llama")
+    model.to(dtype)
+    model.model.embed_tokens.weight.data.fill_(torch.finfo(dtype).max)  # whose sum is not finite
+    check(model, EIGHT)
 
 
 def test_a_solver_that_leaves_a_layer_out() -> None:
@@ -310,6 +338,43 @@ def test_constant_and_empty_rows() -> None:
         up = found.model.layers[0].mlp.up_proj.weight.dequantize()
         assert (up[0] == 0).all()
         assert torch.isfinite(logits(found)).all()
+
+
+def test_the_error_of_zeros() -> None:
+    """None where they stay zeros; where they do not, it is all there is, and a warning says so."""
+    model, batches = walkable("llama")
+    layer = model.model.layers[1].mlp.gate_proj
+    layer.weight.data.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        summary = compress_model(copy.deepcopy(model), EIGHT, batches)
+    name = "model.layers.1.mlp.gate_proj"
+    assert {found.name: found.error for found in summary.layers}[name] == 0.0
+
+    @dataclass(frozen=True)
+    class Moved(RoundToNearest):
+        def solve(self, weight: Tensor, *given: object) -> PackedWeight:
+            return rounded(weight + 0.01, self.grid, "w")
+
+    with pytest.warns(UserWarning, match=rf"^{name}: the packed weights keep next to nothing"):
+        summary = compress_model(model, EIGHT.replace(solver=Moved(Uniform(8, 0))), batches)
+    assert {found.name: found.error for found in summary.layers}[name] == 1.0
+
+
+@pytest.mark.parametrize("factor", [1e20, 1e9, 1e-9, 1e-25])
+def test_weights_beyond_the_scales_of_half_precision_are_warned_of_by_name(factor: float) -> None:
+    model, batches = walkable("llama")
+    for index in range(2):
+        for name in ("up_proj", "gate_proj"):
+            model.model.layers[index].mlp.get_submodule(name).weight.data.mul_(factor)
+    told = r"^model\.layers\.0\.mlp\.\S+, model\.layers\.0\.mlp\.\S+, model\.layers\.1\.mlp\.\S+ and 1 more: the packed"
+    with pytest.warns(UserWarning, match=told):
+        summary = compress_model(model, EIGHT, batches)
+    for layer in summary.layers:
+        if "up_proj" in layer.name or "gate_proj" in layer.name:
+            assert 0.95 < layer.error <= 1.0
+        else:
+            assert layer.error < 0.02
 
 
 def test_a_model_in_training_mode_is_left_in_it() -> None:

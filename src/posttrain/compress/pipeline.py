@@ -16,14 +16,19 @@ from posttrain.compress.method import Compression
 from posttrain.compress.packed.linear import PackedLinear
 from posttrain.compress.stacks import check_patterns, linears, skipped, stacks, whole_names
 from posttrain.compress.walk import Batch, Block, Walk, uncalled
+from posttrain.models.load import few
 from posttrain.trajectory import PosttrainError
 
 Progress = Callable[[int, int], None]
+CHUNK = 1 << 24  # values looked at together
+LOST = 0.95  # the relative error of a layer from which on it is warned of
 
 
 @dataclass(slots=True)
 class LayerSummary:
-    """One packed layer. error: relative Frobenius error of the weights it took the place of (as transformed)."""
+    """One packed layer. error: relative Frobenius error of the weights it took the place of (as transformed); of those
+    that were all zero, 0 where they stay so, and else 1.
+    """
 
     name: str
     bits: float
@@ -80,12 +85,34 @@ def compress_model(
 
 def check(model: nn.Module, method: Compression, skip: Sequence[str] = ()) -> None:
     """PosttrainError where a method cannot compress this model, told before anything is calibrated or changed."""
+    _check_finite(model)
     check_patterns(model, skip)
     layers = _layers(model, (*method.skip, *skip))
     if not layers:
         raise PosttrainError(f"{method.name}: every linear layer is skipped; nothing is left to compress")
     for name, layer in layers.items():
         method.solver.check((layer.out_features, layer.in_features), name)
+
+
+def _check_finite(model: nn.Module) -> None:
+    """PosttrainError for parameters with values that are not finite, of whatever kind: all that follows meets them."""
+    found = [name for name, parameter in model.named_parameters() if not _finite(parameter)]
+    if found:
+        name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        raise PosttrainError(
+            f"{name} holds weights that are not finite ({few(found)}); repair or train the model again"
+        )
+
+
+@torch.no_grad()
+def _finite(parameter: torch.Tensor) -> bool:
+    """A sum that is finite has finite terms, and needs no memory; only where it is not, each value is looked at."""
+    parts = parameter.detach().reshape(-1).split(CHUNK) if parameter.is_floating_point() else ()
+    return all(
+        bool(torch.isfinite(part.sum(dtype=torch.promote_types(part.dtype, torch.float32))))
+        or bool(torch.isfinite(part.float()).all())
+        for part in parts
+    )
 
 
 def fitting_group(model: nn.Module, group: int, skip: Sequence[str] = ()) -> int:
@@ -145,6 +172,7 @@ def _compress(
         method.solver.solve_model(walk, prepare, finished)
     if method.attention is not None:
         method.attention.apply_to_model(model, batches, seed)
+    _warn_of_lost(summary.layers)
     summary.bits, summary.packed_bytes = bits_and_bytes(model)
     return summary
 
@@ -174,6 +202,20 @@ def bits_and_bytes(model: nn.Module) -> tuple[float, int]:
 def _summary(name: str, module: nn.Module, before: torch.Tensor) -> LayerSummary:
     if not isinstance(module, PackedLinear):
         raise PosttrainError(f"{name} was left unpacked by the solver")
-    before = before.detach().float()
-    error = float((module.weight.dequantize() - before).norm() / before.norm().clamp(min=1e-12))
+    before, after = before.detach().float(), module.weight.dequantize()
+    # in fp64, in which the squares of what fp32 holds neither overflow nor vanish
+    gap, size = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (after - before, before))
+    error = gap / size if size > 0 else float(gap > 0)  # nothing but error where there were zeros alone
     return LayerSummary(name, module.weight.bits_per_weight, error)
+
+
+def _warn_of_lost(layers: Sequence[LayerSummary]) -> None:
+    """A warning that names the layers whose packed weights say next to nothing of those they took the place of."""
+    lost = [layer for layer in layers if not layer.error <= LOST]
+    if lost:
+        warnings.warn(
+            f"{few([layer.name for layer in lost])}: the packed weights keep next to nothing of the float ones "
+            f"(relative error {lost[0].error:.3g}); the bits are too few, or the weights have scales that half "
+            f"precision does not hold (6e-8 to 65504): skip such layers, or choose another method",
+            stacklevel=2,
+        )

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -184,17 +185,18 @@ def _check_whole(where: str, model: Any, found: dict[str, Any], again: str) -> N
     missing = sorted(set(found["missing_keys"]) - {name for name, _ in model.named_buffers()})
     if missing:
         count = f"{len(missing)} tensor{'s' if len(missing) > 1 else ''}"
-        raise PosttrainError(f"{where} lacks {count} ({_few(missing)}); {again}")
+        raise PosttrainError(f"{where} lacks {count} ({few(missing)}); {again}")
     wrong = [
         f"{name} {list(held)} instead of {list(wanted)}" for name, held, wanted in sorted(found["mismatched_keys"])
     ]
     if wrong:
         raise PosttrainError(
-            f"{where} holds tensors in other shapes than its configuration says ({_few(wrong)}); {again}"
+            f"{where} holds tensors in other shapes than its configuration says ({few(wrong)}); {again}"
         )
 
 
-def _few(told: list[str]) -> str:
+def few(told: Sequence[str]) -> str:
+    """Up to three of them, and how many more there are."""
     return ", ".join(told[:3]) + (f" and {len(told) - 3} more" if len(told) > 3 else "")
 
 

@@ -241,6 +241,25 @@ def test_training_the_floats_brings_the_block_closer_and_leaves_the_codes(norms:
     assert all(torch.equal(a, b) for a, b in zip(plain, found, strict=True)) != norms
 
 
+def test_zeros_stay_zeros_when_the_floats_are_trained() -> None:
+    """A whole layer, and rows: all that makes them is a zero point, which training would move."""
+    model = make_policy("llama", None, num_hidden_layers=1).base
+    mlp, attention = model.model.layers[0].mlp, model.model.layers[0].self_attn
+    with torch.no_grad():
+        attention.q_proj.weight.zero_()
+        mlp.up_proj.weight[:5] = 0.0
+    ids = random_tokens(8 * 16, torch.Generator().manual_seed(0)).view(8, 16)
+    made = Compression("decoupleq", DecoupleQ(2, 16, epochs=3, rate=1e-3, rows=2))
+    summary = compress_model(model, made, [{"input_ids": ids, "use_cache": False}])
+    assert not attention.q_proj.weight.dequantize().any()
+    up = mlp.up_proj.weight.dequantize()
+    assert not up[:5].any()
+    assert up[5:].any(1).all()
+    errors = {layer.name.rpartition(".")[2]: layer.error for layer in summary.layers}
+    assert errors["q_proj"] == 0.0
+    assert 0.1 < errors["up_proj"] < 1.0
+
+
 def test_a_model_is_compressed_with_its_blocks_trained() -> None:
     model = make_policy("qwen2", None).base
     ids = random_tokens(6 * 12, torch.Generator().manual_seed(0)).view(6, 12)

@@ -143,14 +143,21 @@ def alternated(problem: Problem, rounds: int, rounder: Rounder | None, first: in
 
 
 class FixedCodes(SoftWeight):
-    """`s q + z` with the codes fixed and the floats learned; of a symmetric grid s alone."""
+    """`s q + z` with the codes fixed and the floats learned; of a symmetric grid s alone.
+
+    weight: `[out, in]`, the float one. Groups that are zeros in it and in what is packed stay zeros: their z, which
+    alone says what they are, is not learned.
+    """
 
     codes: Tensor
+    empty: Tensor
 
-    def __init__(self, packed: UniformWeight, rate: float) -> None:
+    def __init__(self, packed: UniformWeight, rate: float, weight: Tensor) -> None:
         super().__init__()
         self.packed, self.rate = packed, rate
         self.register_buffer("codes", packed.unpacked().float().view(packed.shape[0], packed.groups, -1))
+        values = torch.stack([packed.dequantize().float(), weight]).view(2, *self.codes.shape)
+        self.register_buffer("empty", (values == 0).all(3).all(0))
         self.scale = nn.Parameter(packed.scale.float())
         self.zero = nn.Parameter(packed.zeros()) if packed.kind == "float" else None
         self.beside: list[nn.Parameter] = []
@@ -160,11 +167,14 @@ class FixedCodes(SoftWeight):
         if self.zero is None:
             found = (self.codes - self.packed.zeros()[..., None]) * scale
         else:
-            found = self.codes * scale + held(self.zero)[..., None]
+            found = self.codes * scale + held(self._learned(self.zero))[..., None]
         return found.reshape(self.packed.shape)
 
+    def _learned(self, zero: Tensor) -> Tensor:
+        return torch.where(self.empty, 0.0, zero)
+
     def pack(self) -> PackedWeight:
-        zero = self.packed.zeros() if self.zero is None else self.zero.detach()
+        zero = self.packed.zeros() if self.zero is None else self._learned(self.zero.detach())
         codes = self.packed.unpacked().long()
         return UniformWeight.of(codes, self.scale.detach(), zero, self.packed.bits, self.packed.kind)
 
@@ -183,7 +193,7 @@ class BlockStep(Reconstruction):
     packed: dict[str, Any] = field(default_factory=dict)
 
     def soft(self, weight: Tensor, grid: Uniform, block: Block, name: str, known: Known) -> SoftWeight:
-        return FixedCodes(self.packed[name], self.rate)
+        return FixedCodes(self.packed[name], self.rate, weight)
 
     def open(self, block: Block, known: Known) -> Opened:
         opened = super().open(block, known)
