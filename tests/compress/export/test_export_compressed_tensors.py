@@ -192,6 +192,30 @@ def test_layers_of_different_bits_are_groups_by_name(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(other), logits(small), **CLOSE)
 
 
+@pytest.mark.parametrize("zero", ["none", "integer"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_layers_that_one_group_covers_are_of_groups_beside_others_that_have_several(
+    tmp_path: Path, tied: bool, zero: Any
+) -> None:
+    """32 columns in most layers and 64 in one: with zero points `transformers` loads a single scheme alone."""
+    small = small_of(plain(tie_word_embeddings=tied), methods.rtn(bits=4, group=32, zero=zero))
+    other = exported(small, tmp_path / "out")
+    torch.testing.assert_close(logits(other), logits(small), **CLOSE)
+    (group,) = described(tmp_path / "out")["quantization_config"]["config_groups"].values()
+    assert (group["weights"]["strategy"], group["weights"]["group_size"]) == ("group", 32)
+
+
+def test_groups_wider_than_some_layers(tmp_path: Path) -> None:
+    """Two widths: without zero points each layer as it is, with them nothing that transformers would load."""
+    policy = plain(hidden_size=48, intermediate_size=128)
+    small = small_of(policy, methods.rtn(bits=4, group=64, zero="none"))
+    torch.testing.assert_close(logits(exported(small, tmp_path / "out")), logits(small), **CLOSE)
+    with pytest.raises(
+        PosttrainError, match=r"q_proj has one group of all its 48 columns beside layers with groups of 64"
+    ):
+        export(small_of(policy, methods.rtn(bits=4, group=64)), tmp_path / "no", "compressed-tensors", show=False)
+
+
 def test_levels_between_powers_of_two_keep_their_codes(tmp_path: Path) -> None:
     """Two schemes with zero points, each layer by the library's own decompression."""
     from compressed_tensors.compressors import BaseCompressor
@@ -335,6 +359,27 @@ def test_values_beyond_half_precision(tmp_path: Path) -> None:
         small.model.model.norm.weight[0] = 1e5
     with pytest.raises(PosttrainError, match=r"model\.norm\.weight holds values beyond half precision"):
         export(small, tmp_path / "out", "compressed-tensors", dtype="f16", show=False)
+
+
+@pytest.mark.parametrize("dtype", [None, "f32", "bf16", "f16"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite(tmp_path: Path, value: float, dtype: str | None) -> None:
+    small = small_of(plain())
+    with torch.no_grad():
+        small.model.model.norm.weight[0] = value
+    with pytest.raises(PosttrainError, match=r"model\.norm\.weight holds values that are not finite; repair or train"):
+        export(small, tmp_path / "out", "compressed-tensors", dtype=dtype, show=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_beyond_bf16(tmp_path: Path) -> None:
+    small = small_of(plain())
+    with torch.no_grad():
+        small.model.model.norm.weight[0] = torch.finfo(torch.float32).max
+    with pytest.raises(
+        PosttrainError, match=r"model\.norm\.weight holds values beyond the range of .*expected --dtype f32"
+    ):
+        export(small, tmp_path / "out", "compressed-tensors", dtype="bf16", show=False)
 
 
 def test_mistakes_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:

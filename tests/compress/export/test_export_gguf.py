@@ -216,6 +216,34 @@ def unscaled() -> CausalPolicy:
     return with_weights(small_of(plain(), methods.rtn(bits=4, group=32)), up_proj=made)
 
 
+@pytest.mark.parametrize("dtype", [None, "f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_values_that_are_not_finite(tmp_path: Path, name: str, value: float, dtype: str | None) -> None:
+    policy = plain()
+    policy.model.get_parameter(name).data.flatten()[3] = value
+    with pytest.raises(PosttrainError, match=rf"^{name} holds values that are not finite; repair or train"):
+        export(policy, tmp_path / "out.gguf", "gguf", dtype=dtype, show=False)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        ("q8_0", 127 * 65600.0, r"whose scales are beyond half precision \(65504\); expected --dtype bf16 or f32"),
+        ("bf16", torch.finfo(torch.float32).max, r"beyond the range of torch\.bfloat16; expected --dtype f32"),
+    ],
+)
+def test_values_beyond_a_type(tmp_path: Path, dtype: str, value: float, message: str) -> None:
+    policy = plain()
+    weight = policy.model.model.layers[0].mlp.up_proj.weight.data
+    weight[0, 0] = value
+    with pytest.raises(PosttrainError, match=rf"^model\.layers\.0\.mlp\.up_proj\.weight holds values {message}"):
+        export(policy, tmp_path / "out.gguf", "gguf", dtype=dtype, show=False)
+    weight[0, 0] = 1e5  # which both hold
+    export(policy, tmp_path / "out.gguf", "gguf", dtype=dtype, show=False)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -35,7 +35,9 @@ from posttrain.compress.files import new_folder, plain_config, write_model
 from posttrain.compress.packed.bits import pack
 from posttrain.compress.packed.float8 import DTYPES as FLOAT8
 from posttrain.compress.packed.float8 import Float8Weight
+from posttrain.compress.packed.levels import LevelsWeight
 from posttrain.compress.packed.linear import PackedLinear
+from posttrain.compress.packed.uniform import UniformWeight
 from posttrain.models.causal import CausalPolicy
 from posttrain.trajectory import PosttrainError
 
@@ -72,8 +74,9 @@ def write(
     chosen = exact_dtype(floats.values()) if dtype is None else DTYPES[dtype]
     state = {name: rounded(name, t, chosen) if t.is_floating_point() else t for name, t in floats.items()}
     schemes: dict[str, list[str]] = {}
+    widths = _group_widths(layers)
     for count, (name, layer) in enumerate(layers.items()):
-        scheme, stored = _layer(name, layer, policy)
+        scheme, stored = _layer(name, layer, policy, widths)
         schemes.setdefault(json.dumps(scheme), []).append(name)
         if chosen == torch.float32:  # in which a program then computes; else it may round what it dequantizes to fp16
             stored = {n: t.to(chosen) if n.endswith("scale") else t for n, t in stored.items()}
@@ -140,8 +143,18 @@ def _told(scheme: dict[str, Any]) -> str:
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 
-def _layer(name: str, layer: PackedLinear, policy: CausalPolicy) -> tuple[dict[str, Any], Named]:
-    """The scheme of a layer but for its targets, and its tensors."""
+def _group_widths(layers: dict[str, PackedLinear]) -> set[int]:
+    """Columns of a group, in layers that have several and whose inputs are not rounded."""
+    weights = [m.weight for m in layers.values() if isinstance(m.weight, UniformWeight | LevelsWeight) and not m.inputs]
+    return {weight.shape[1] // weight.groups for weight in weights if weight.groups > 1}
+
+
+def _layer(name: str, layer: PackedLinear, policy: CausalPolicy, widths: set[int]) -> tuple[dict[str, Any], Named]:
+    """The scheme of a layer but for its targets, and its tensors. widths: of groups in the model.
+
+    A layer that one group of the model's width covers is one of groups like the others: transformers (5.23) loads
+    packed zero points of models with one scheme alone.
+    """
     inputs, beside = _activations(name, layer, policy)
     weight, method = layer.weight, method_of(policy)
     if isinstance(weight, Float8Weight):
@@ -165,7 +178,14 @@ def _layer(name: str, layer: PackedLinear, policy: CausalPolicy) -> tuple[dict[s
             f"{name} has groups that are no runs of columns ({method}), which {PROGRAM} no longer holds; expected "
             f"static groups"
         )
-    arguments = _integer_arguments(found)
+    by_row = found.groups == 1 and (inputs is not None or found.width not in widths)
+    if by_row and widths and inputs is None and not found.symmetric:
+        raise PosttrainError(
+            f"{name} has one group of all its {found.width} columns beside layers with groups of {min(widths)} "
+            f"({method}), which transformers does not load with zero points; expected a group that divides the columns "
+            f"of every layer, or zero: none"
+        )
+    arguments = _integer_arguments(found, by_row)
     if inputs is not None:
         half = 1 << (found.bits - 1)
         stored = {"weight": (found.codes.short() - half).to(torch.int8), "weight_scale": found.scale}
@@ -182,8 +202,8 @@ def _layer(name: str, layer: PackedLinear, policy: CausalPolicy) -> tuple[dict[s
     return _scheme("pack-quantized", arguments, None), stored
 
 
-def _integer_arguments(found: Integers) -> Arguments:
-    if found.groups == 1:
+def _integer_arguments(found: Integers, by_row: bool) -> Arguments:
+    if by_row:
         return _arguments(found.bits, symmetric=found.symmetric, strategy="channel")
     return _arguments(found.bits, symmetric=found.symmetric, strategy="group", group_size=found.width)
 

@@ -42,10 +42,19 @@ def exact_dtype(values: Iterable[Tensor]) -> torch.dtype:
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor in another precision; PosttrainError where its values are beyond it."""
+    """A tensor in another precision; PosttrainError where its values are beyond it, or are no numbers."""
+    check_finite(name, tensor)
     if dtype == torch.float16 and tensor.numel() and float(tensor.abs().amax()) > LARGEST:
         raise PosttrainError(f"{name} holds values beyond half precision (65504); expected --dtype bf16 or f32")
-    return tensor.to(dtype)
+    found = tensor.to(dtype)
+    if not torch.isfinite(found).all():  # the largest of fp32 are beyond bf16
+        raise PosttrainError(f"{name} holds values beyond the range of {dtype}; expected --dtype f32")
+    return found
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise PosttrainError(f"{name} holds values that are not finite; repair or train the model again")
 
 
 # -- what no other program's format holds ------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from posttrain.compress.export.floats import (
+    LARGEST,
     check_exportable,
+    check_finite,
     exact_dtype,
     float_tensors,
     input_steps,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "GGUF"
 KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # of --dtype
+ROUNDED = {"F16": torch.float16, "BF16": torch.bfloat16}  # what may be beyond them is told
 EXACT = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -223,8 +226,13 @@ class _Tensors:
     def _made(self, name: str, values: Tensor, kind: str) -> Blocks:
         import gguf
 
-        if kind == "F16":
-            values = rounded(name, values, torch.float16)
+        check_finite(name, values)
+        if kind in ROUNDED:
+            values = rounded(name, values, ROUNDED[kind]).to(values.dtype)
+        if kind == "Q8_0" and values.numel() and float(values.abs().amax()) / 127 > LARGEST:
+            raise PosttrainError(
+                f"{name} holds values whose scales are beyond half precision (65504); expected --dtype bf16 or f32"
+            )
         return Blocks(kind, gguf.quantize(values.contiguous().numpy(), gguf.GGMLQuantizationType[kind]))
 
     def _add(self, name: str, made: Blocks, *, counted: bool = True) -> None:
