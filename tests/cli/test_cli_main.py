@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +157,21 @@ def test_the_libraries_keep_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not logging.is_progress_bar_enabled()
     assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "debug"
+
+
+def test_warnings_of_its_own_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import posttrain.report
+
+    def build(folder: Path) -> Path:
+        warnings.warn("another's", stacklevel=1)
+        warnings.warn_explicit("one\nmore \x1b[31mred", UserWarning, posttrain.report.__file__, 7)
+        return folder
+
+    monkeypatch.setattr("posttrain.report.build", build)
+    with pytest.warns(UserWarning, match="another's"):  # as Python shows it
+        done = call(capsys, "report", "x")
+    assert done.code == 0
+    assert done.err == "posttrain: warning: one more \\x1b[31mred\n"
 
 
 def test_the_summaries_of_the_commands_are_whole(capsys: pytest.CaptureFixture[str]) -> None:

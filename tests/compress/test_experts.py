@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,23 +132,42 @@ def test_stages_of_a_dense_block_are_its_phases() -> None:
     assert together(block.module, block.stages) == block.stages
 
 
-def test_an_expert_that_no_token_reaches_is_calibrated_on_all_tokens_and_named() -> None:
-    model = tiny("mixtral")
+def deaf_to_expert_2(model: nn.Module) -> nn.Module:
+    """The model whose first router never sends a token to expert 2."""
+    router = model.get_submodule("model.layers.0.mlp.gate")
+    router.register_forward_hook(lambda m, given, out: (out[0], out[1], out[2].masked_fill(out[2] == 2, 0)))
+    return model
+
+
+def test_an_expert_that_no_token_reaches_is_calibrated_on_all_tokens_and_noted() -> None:
+    model = deaf_to_expert_2(tiny("mixtral"))
     unfuse(model)
     experts = model.get_submodule("model.layers.0.mlp.experts")
-    with torch.no_grad():  # the router never sends a token to expert 2
-        router = model.get_submodule("model.layers.0.mlp.gate")
-        router.register_forward_hook(lambda m, given, out: (out[0], out[1], out[2].masked_fill(out[2] == 2, 0)))
     block = first_block(model, tokens())
     given: list[torch.Tensor] = []
     hook = experts.register_forward_pre_hook(lambda m, args: given.append(args[0]))
     stage = [n for n in block.phases[-2] if n.endswith("gate_proj")]
-    with pytest.warns(UserWarning, match=r"no calibration token reached model\.layers\.0\.mlp\.experts\.2\.gate_proj;"):
-        found = block.moments(stage)
+    found = block.moments(stage)
     hook.remove()
+    assert list(block.unreached) == ["model.layers.0.mlp.experts.2"]
+    assert len(block.experts) == 4
     assert found["mlp.experts.2.gate_proj"].count == tokens().numel()
     torch.testing.assert_close(found["mlp.experts.2.gate_proj"].gram, given[0].T @ given[0])
     assert experts.also == frozenset()
+
+
+def test_one_warning_of_a_whole_model_tells_which_experts_no_token_reached() -> None:
+    method = Compression("gptq", GPTQ(Uniform(8, 0)))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        compress_model(deaf_to_expert_2(tiny("mixtral")), method, [{"input_ids": tokens()}])
+    (one,) = seen
+    assert str(one.message).startswith(
+        "no calibration token reached 1 of 8 experts (model.layers.0.mlp.experts.2); they are calibrated on all tokens"
+    )
+    assert Path(one.filename).match("posttrain/compress/walk.py"), "warnings of torch's are not shown by commands"
+    with pytest.warns(UserWarning, match=r"no calibration token reached (\d) of 8 experts \((\S+, ){3}\.\.\.\);"):
+        compress_model(tiny("mixtral"), method, [{"input_ids": tokens()[:1, :1]}])
 
 
 @pytest.mark.filterwarnings("ignore:no calibration token")

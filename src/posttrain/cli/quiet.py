@@ -1,4 +1,6 @@
-"""Keeping libraries quiet on standard error: no progress bars and advice of theirs beside ours, real errors stay."""
+"""Keeping libraries quiet on standard error: no progress bars and advice of theirs beside ours, real errors stay; and
+warnings of posttrain's own in a line each, as its errors are.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
+from typing import TextIO
 
 ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -17,6 +21,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 LIBRARIES = ("transformers", "datasets", "huggingface_hub", "peft", "accelerate", "torch")
+PACKAGE = Path(__file__).parents[1]
+_plain = warnings.showwarning
 
 
 def quiet() -> None:
@@ -32,3 +38,16 @@ def quiet() -> None:
     for library in ("transformers.utils.logging", "datasets.utils.logging"):
         if library in sys.modules:
             sys.modules[library].disable_progress_bar()
+    warnings.showwarning = brief
+
+
+def brief(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+    line: str | None = None,
+) -> None:  # fmt: skip
+    """Show a warning: one of posttrain's own in one line, without the place in its source."""
+    if file is not None or PACKAGE not in Path(filename).parents:
+        return _plain(message, category, filename, lineno, file, line)
+    from posttrain.terminal import one_line
+
+    print(f"posttrain: warning: {one_line(str(message))}", file=sys.stderr, flush=True)

@@ -25,6 +25,7 @@ from posttrain.compress.stacks import Stack, linears, replace_module, stacks, wh
 from posttrain.trajectory import PosttrainError
 
 Batch = dict[str, Any]  # the keyword arguments of one forward pass of the model
+NAMED = 3  # experts that a warning names
 PROBE = 8  # tokens that show which layers a language model calls
 
 
@@ -51,6 +52,7 @@ class Block:
     phases: the stages, with those of the experts of a mixture joined, since experts run beside each other.
     bits: by a layer's name in the block, where an allocation says other than the grid.
     quantizers: by a layer's name, the step that rounds its inputs once it is packed; None where they stay as they are.
+    unreached: experts to which no calibration token was sent when their inputs were looked at.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Block:
         self.inputs, self.float_inputs, self.bits = inputs, float_inputs, bits
         self.before = copy.deepcopy(module) if float_inputs is not None else None
         self.quantizers: dict[str, InputStep | None] = {}
+        self.unreached: dict[str, None] = {}
         self._skip = skip
         self.refresh()
 
@@ -98,7 +101,7 @@ class Block:
 
         keep: how many token vectors are kept. weights: of the tokens of call i, flat, where they do not count alike;
         weights_at: instead, of the tokens that a layer meets right now (of layers that share an input, the first is
-        asked). Experts that no token is sent to are calibrated on all tokens of their layer, and a warning names them.
+        asked). Experts that no token is sent to are calibrated on all tokens of their layer, and noted as `unreached`.
         """
         calls = self.inputs if calls is None else calls
         stages = [part for stage in self.stages for part in self._alike([n for n in stage if n in names])]
@@ -130,10 +133,18 @@ class Block:
         collect(list(heads))
         with shown_all(self.module, [n for n in heads if made[n].count == 0]) as unreached:
             if unreached:
-                told = ", ".join(f"{self.name}.{n}" for head in unreached for n in heads[head])
-                warnings.warn(f"no calibration token reached {told}; calibrated on all tokens instead", stacklevel=2)
+                self.unreached |= dict.fromkeys(self._expert(n) for n in unreached)
                 collect(unreached)
         return {name: made[head] for head, stage in heads.items() for name in stage}
+
+    @property
+    def experts(self) -> list[str]:
+        """The experts that hold layers to compress."""
+        return list(dict.fromkeys(self._expert(n) for n in self.linears if holder(self.module, n) is not None))
+
+    def _expert(self, name: str) -> str:
+        """The whole name of the expert that a layer belongs to."""
+        return f"{self.name}.{name}".rpartition(".")[0]
 
     def _alike(self, names: list[str]) -> list[list[str]]:
         """Layers of a stage whose weights meet the same inputs: one with steps of its own before it stands alone."""
@@ -186,17 +197,28 @@ class Walk:
     def __iter__(self) -> Iterator[Block]:
         hidden = [call.hidden for call in self._calls[0]]
         plain = list(hidden) if self.keeps_float else None
+        experts: list[str] = []
+        unreached: list[str] = []
         for index, (name, module) in enumerate(whole_names(self.stack)):
             calls = self._calls[index]
             inputs = [call.of(h) for call, h in zip(calls, hidden, strict=True)]
             before = None if plain is None else [call.of(h) for call, h in zip(calls, plain, strict=True)]
             bits = {n.removeprefix(f"{name}."): b for n, b in self.bits.items() if n.startswith(f"{name}.")}
             block = Block(index, name, module, inputs, before, self.skip, bits, self.seed)
+            experts += block.experts
             yield block
+            unreached += block.unreached
             hidden = block.outputs()
             if plain is not None:
                 plain = block.targets()
             self._calls[index] = []  # its masks and inputs are no longer needed
+        if unreached:  # once for the whole walk: a mixture and a short text would fill the screen
+            named = ", ".join([*unreached[:NAMED], *(["..."] if len(unreached) > NAMED else [])])
+            warnings.warn(
+                f"no calibration token reached {len(unreached)} of {len(experts)} experts ({named}); they are "
+                f"calibrated on all tokens of their layer: give more text",
+                stacklevel=1,  # a caller further out may be one of torch's decorators, whose warnings are not shown
+            )
 
 
 class _Seen(Exception):
