@@ -34,6 +34,7 @@ from posttrain.recipe_values import (
     Count,
     arguments_of,
     checked,
+    checked_seed,
     checked_settings,
     known_keys,
     listed,
@@ -234,8 +235,10 @@ def parse_recipe(values: Any, where: Where | None = None) -> Recipe:
         spec for i, stage in enumerate(stages) for spec in _stages(stage, ("stages", i), where, with_task=with_task)
     )
     seed, output = values.get("seed", 0), values.get("output")
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 32:
-        raise where.error(("seed",), f"seed is {seed!r}; expected a whole number from 0 to {(1 << 32) - 1}")
+    try:
+        checked_seed(seed)
+    except PosttrainError as error:
+        raise where.error(("seed",), str(error)) from None
     if not isinstance(output, str | Path | None) or output == "":
         raise where.error(("output",), f"output is {output!r}; expected a folder that does not exist yet")
     given = values.get("evaluate")

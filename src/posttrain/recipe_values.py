@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
+import numbers
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
-from posttrain.methods.registry import Entry
 from posttrain.recipe_text import Place, Where
 from posttrain.training.duration import in_seconds
 from posttrain.training.settings import NAMES, Settings
 from posttrain.trajectory import PosttrainError
 
+if TYPE_CHECKING:
+    from posttrain.methods.registry import Entry
+
+SEEDS = 1 << 32  # from 0 to below it
 Count = Annotated[int, Field(strict=True, ge=1)]
 Amount = Annotated[float, Field(strict=True, ge=0)]
 
@@ -66,6 +71,13 @@ def checked_settings(given: Mapping[str, Any], place: Place = (), where: Where |
     return values
 
 
+def checked_seed(value: Any, name: str = "seed") -> int:
+    """A seed, if it is one that every generator takes. name: what the user calls it."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < SEEDS:
+        raise PosttrainError(f"{name} is {value!r}; expected a whole number from 0 to {SEEDS - 1}")
+    return value
+
+
 def seconds(value: Any, place: Place = (), where: Where | None = None) -> float:
     """A duration: seconds as a number, or text such as 90s, 10m, 1.5h."""
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -83,6 +95,22 @@ def arguments_of(entry: Entry, given: Mapping[str, Any], place: Place, where: Wh
     """Those among `given` that are arguments of the method, with their types checked."""
     hints = get_type_hints(inspect.unwrap(entry.function))
     return {k: typed(hints.get(k, Any), v, (*place, k), where) for k, v in given.items() if k in entry.parameters}
+
+
+def check_types(function: Callable[..., Any], given: Mapping[str, Any], where: Where) -> None:
+    """PosttrainError for an argument of another type than the function says, where that is a type that YAML has.
+    Numbers of NumPy are numbers.
+    """
+    try:
+        hints = get_type_hints(function)
+    except NameError:  # of a type that its module imports for type checkers alone
+        return
+    for key, value in given.items():
+        if not all(_in_yaml(kind) for kind in _alternatives(hints.get(key, Any))):
+            continue
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            value = int(value) if isinstance(value, numbers.Integral) else float(value)
+        typed(hints.get(key, Any), value, (key,), where)
 
 
 @contextmanager
@@ -116,9 +144,14 @@ def typed(hint: Any, value: Any, place: Place, where: Where) -> Any:
         raise where.error(place, f"{place[-1]} is {value!r}; it can only be given in Python")
     known: Any = Union[tuple(kinds)]  # noqa: UP007 (made at run time)
     try:
-        return TypeAdapter(known).validate_python(value, strict=True)
+        return _adapter(known).validate_python(value, strict=True)
     except ValidationError as error:
         raise where.error(place, f"{place[-1]} is {value!r}; {_reason(error)}") from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -128,7 +161,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 def _in_yaml(kind: Any) -> bool:
     """Whether YAML can say a value of the type: one of its own types, not an object such as a loaded policy."""
     try:
-        TypeAdapter(kind)
+        _adapter(kind)
     except PydanticSchemaGenerationError:
         return False
     return True

@@ -6,15 +6,20 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from commands import call as call_command
 from commands import make_folder, write_rows
+from filelock import FileLock
 
+from conftest import make_tokenizer
 from posttrain import load
 from posttrain import quantize as quantize_in_python
+from posttrain.compress import policy as policy_module
 from posttrain.compress.policy import CompressedPolicy
+from tiny_models import make_policy
 
 TEXT = "".join(chr(97 + (i * i) % 26) for i in range(1500))
 
@@ -148,6 +153,11 @@ def test_a_task_to_calibrate_on(capsys: pytest.CaptureFixture[str], saved: str, 
         (["--bits", "9"], "--bits 9: bits is 9; a uniform grid has 1 to 8"),
         (["--bits", "0"], "--bits 0: bits is 0; a uniform grid has 1 to 8"),
         (["--samples", "0"], "--samples 0: expected at least 1"),
+        (["--seed", "9" * 23], f"--seed is {'9' * 23}; expected a whole number from 0 to 4294967295"),
+        (["--seed", "-1"], "--seed is -1; expected a whole number from 0 to 4294967295"),
+        (["--set", "damping=-1"], "--set damping=-1: damping is -1; expected a number from 0 on"),
+        (["--calibration", ""], "--calibration '': the name of the text is empty; expected a file of text or of rows"),
+        (["--calibration", "."], "--calibration .: . is a folder and no data set; expected a file of text or of rows"),
         (["--set", "damping"], "--set damping: expected KEY=VALUE"),
         (["--set", "dampign=1"], "unknown argument of gptq 'dampign'; did you mean damping"),
         (["--set", "bits=4", "--bits", "3"], "--set bits=4: bits is given twice (--bits 3)"),
@@ -194,11 +204,78 @@ def test_what_does_not_fit_the_model(
     assert not (tmp_path / "small").exists()
 
 
+def test_a_place_that_cannot_be_written_is_told_before_a_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, err = call(capsys, "quantize", "nosuch/", "--output", "text.txt/small")
+    assert (code, out) == (1, "")
+    assert err.startswith("posttrain: error: cannot write the compressed model to text.txt/small: ")
+    assert "text.txt is no folder" in err
+    with FileLock(str(tmp_path / ".small.lock")):
+        code, out, err = call(capsys, "quantize", "nosuch/", "--output", "small")
+    assert (code, out) == (1, "")
+    assert err.startswith("posttrain: error: small is being written by another process; ")
+    code, out, err = call(capsys, "quantize", "nosuch/", "--output", "a/b/small")
+    assert "no model at nosuch/" in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_could_not_be_written_in_the_end_is_kept_and_told(
+    capsys: pytest.CaptureFixture[str], saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = policy_module.compressed_copy
+
+    def meanwhile(*given: Any, **options: Any) -> CompressedPolicy:
+        (tmp_path / "small").mkdir()
+        (tmp_path / "small" / "another's").touch()
+        return real(*given, **options)
+
+    monkeypatch.setattr(policy_module, "compressed_copy", meanwhile)
+    code, out, err = quantize(capsys, saved, "--method", "rtn", "--output", "small")
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        "posttrain: error: small exists already; choose another folder for the compressed model. The compressed model "
+        "is kept in runs/small instead"
+    )
+    assert told(out)["folder"] == "runs/small"
+    assert isinstance(load("runs/small"), CompressedPolicy)
+    assert [file.name for file in (tmp_path / "small").iterdir()] == ["another's"]
+
+
+def test_experts_that_no_token_reached_are_told_in_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    make_policy("mixtral", tokenizer, vocab_size=len(tokenizer)).save(tmp_path / "mixture")
+    (tmp_path / "short.txt").write_text("a")
+    arguments = ("--calibration", "short.txt", "--text", "text.txt", "--group", "16", "--output", "small")
+    code, _, err = call(capsys, "quantize", "mixture", *arguments)
+    assert code == 0, err
+    (line,) = [line for line in err.splitlines() if "warning" in line]
+    assert line.startswith("posttrain: warning: no calibration token reached ")
+    assert "of 8 experts (model.layers.0.mlp.experts." in line
+
+
 def test_prune_is_for_methods_that_prune(capsys: pytest.CaptureFixture[str], saved: str) -> None:
     code, _, err = call(capsys, "prune", saved, "--method", "gptq")
     assert code == 1
     assert err == ("posttrain: error: --method gptq: gptq is a method of quantization; use posttrain quantize\n")
     assert call(capsys, "prune", saved)[0] == 2, "a method must be named"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsity", "0"], "--sparsity 0.0: sparsity is 0.0; expected a share of the weights above 0 and below 1"),
+        (["--sparsity", "1"], "--sparsity 1.0: sparsity is 1.0; expected a share of the weights above 0 and below 1"),
+        (["--set", "pattern=4:2"], "--set pattern=4:2: pattern is '4:2'; expected N:M, which keeps N of every M"),
+        (["--set", "pattern=0:4"], "--set pattern=0:4: pattern is '0:4'; expected N:M, which keeps N of every M"),
+        (["--seed", "9" * 23], f"--seed is {'9' * 23}; expected a whole number from 0 to 4294967295"),
+    ],
+)
+def test_mistakes_in_pruning(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    code, out, err = call(capsys, "prune", "nosuch/", "--method", "wanda", *arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"posttrain: error: {message}")
+    assert len(err.splitlines()) == 1
 
 
 def test_a_lab_model_is_calibrated_on_its_own_worlds(

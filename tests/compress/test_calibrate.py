@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
@@ -65,6 +66,10 @@ def test_what_a_user_may_give(tmp_path: Path) -> None:
     assert isinstance(text_of("chain_sum"), Task)
     assert isinstance(text_of({"file": str(file)}), Task)
     assert text_of(["a", "b"]) == ["a", "b"]
+    assert text_of(text for text in "ab") == ["a", "b"]  # type: ignore[arg-type]
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(str(saved))
+    assert text_of(saved) == saved
 
 
 def test_windows_follow_the_seed() -> None:
@@ -120,6 +125,11 @@ def test_the_last_tenth_is_kept_back(policy: CausalPolicy) -> None:
         ),
         (lambda f, p: token_stream(p, f / "broken.jsonl"), "broken JSON"),
         (lambda f, p: text_of("chain_smu"), "no file chain_smu, and no task of that name: .*chain_sum"),
+        (lambda f, p: text_of(" "), "^the name of the text is empty; expected a file of text or of rows, a hub id"),
+        (lambda f, p: text_of(42), r"^the calibration text is a number \(42\); expected a file of text or of rows"),
+        (lambda f, p: text_of([{"a": "b"}]), "^the calibration text is an object; expected a file of text or of rows"),
+        (lambda f, p: text_of(f), r"is a folder and no data set; expected .*, or a task, such as .*broken\.jsonl$"),
+        (lambda f, p: text_of(f / "empty"), r"empty is a folder and no data set; expected .*, or a task$"),
         (lambda f, p: text_of({"fiel": "x"}), "task: got only fiel; expected one of"),
         (lambda f, p: kept_back(torch.arange(9)), "the text has 9 tokens, of which the last tenth is kept back"),
         (lambda f, p: windows(torch.arange(0), 2, 2), "calibration is empty"),
@@ -127,6 +137,7 @@ def test_the_last_tenth_is_kept_back(policy: CausalPolicy) -> None:
     ],
 )
 def test_mistakes(tmp_path: Path, policy: CausalPolicy, call, message: str) -> None:
+    (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"ab\xff\xfe")
     (tmp_path / "broken.jsonl").write_text('{"prompt": \n')

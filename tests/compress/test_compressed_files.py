@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -263,9 +265,11 @@ def test_killed_while_writing_it_leaves_no_folder_and_the_next_try_cleans_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = small_of(tiny())
-    left = tmp_path / ".small.writing-1"
-    left.mkdir()
-    (left / "model.safetensors").write_bytes(b"half")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for left in (tmp_path / f".small.writing-{dead.pid}", tmp_path / ".small.writing-x"):
+        left.mkdir()
+        (left / "model.safetensors").write_bytes(b"half")
 
     def killed(*_: Any) -> None:
         assert not (tmp_path / "small").exists()
@@ -276,6 +280,44 @@ def test_killed_while_writing_it_leaves_no_folder_and_the_next_try_cleans_up(
         with pytest.raises(KeyboardInterrupt):
             small.save(tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_reserved_before_anything_is_computed(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PosttrainError, match=r"to .*file/small: .*file is no folder; free some space or choose"):
+        files.reserved(tmp_path / "file" / "small").__enter__()
+    with pytest.raises(PosttrainError, match="cannot write the compressed model to /proc/small: "):
+        files.reserved(Path("/proc/small")).__enter__()
+    with pytest.raises(PosttrainError, match="exists already"):
+        files.reserved(tmp_path).__enter__()
+    small = tmp_path / "a" / "b" / "small"
+    with files.reserved(small):
+        with pytest.raises(PosttrainError, match="small is being written by another process; wait for it, or choose"):
+            files.reserved(small).__enter__()
+        with files.reserved(small.with_name("other")):
+            pass
+        assert small.parent.is_dir()
+    assert [file.name for file in tmp_path.iterdir()] == ["file"], "nothing was written, and nothing is left"
+    with files.reserved(small):
+        small_of(tiny()).save(small)
+    assert [file.name for file in small.parent.iterdir()] == ["small"]
+
+
+def test_what_cannot_be_written_is_kept_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    small, asked = small_of(tiny()), tmp_path / "small"
+    assert files.save_somewhere(small, asked) == (asked, None)
+    for other in ("runs/small", "runs/small-2"):
+        written, wrong = files.save_somewhere(small, asked)
+        assert written == Path(other)
+        assert "small exists already" in str(wrong)
+        assert torch.equal(logits(load(written, precision="fp32")), logits(small))
+    shutil.rmtree("runs")
+    Path("runs").touch()
+    assert files.save_somewhere(small, asked)[0] == tmp_path / "temporary" / "small"
+    with files_of_at_most(10_000), pytest.raises(PosttrainError, match="cannot write the compressed model to full: "):
+        files.save_somewhere(small, Path("full"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0 or sys.platform == "win32", reason="root may write anywhere")

@@ -38,16 +38,27 @@ class Asked:
 
 def compress(asked: Asked) -> None:
     """Compress a model, measure it beside the float one, write its folder and tell all of it."""
+    from posttrain.compress.files import reserved
+    from posttrain.recipe_values import checked_seed
+
+    entry = _entry(asked)
+    checked_seed(asked.seed, "--seed")
+    method = calibrated(made(entry, asked.given), asked.samples, asked.length)
+    folder = _output(asked)
+    with reserved(folder):
+        _compress(asked, method, folder)
+
+
+def _compress(asked: Asked, method: Compression, folder: Path) -> None:
+    from posttrain.compress.files import save_somewhere
     from posttrain.compress.measure import measure
     from posttrain.compress.pipeline import check
     from posttrain.compress.policy import check_float, compressed_copy
     from posttrain.models.load import load
     from posttrain.studies.compression import texts_for
     from posttrain.terminal import Counter
+    from posttrain.trajectory import PosttrainError
 
-    entry = _entry(asked)
-    method = calibrated(made(entry, asked.given), asked.samples, asked.length)
-    folder = _output(asked)
     source = None if asked.calibration is None else given_text("--calibration", asked.calibration)
     unseen = None if asked.text is None else given_text("--text", asked.text)
     policy = load(asked.model)
@@ -61,11 +72,13 @@ def compress(asked: Asked) -> None:
         small = compressed_copy(policy, method, batches, skip=asked.skip, seed=asked.seed, progress=progress)
     with Counter("measuring", "windows") as progress:
         found = measure(small, policy, windows, progress)
-    small.save(folder)
+    written, wrong = save_somewhere(small, folder)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     own = "" if source is not None else " (--calibration FILE for text of your own)"
     on = f"{tokens:,} tokens of {texts.calibrated_on}{own}" if method.uses_data else "no data"
-    _tell(found, on, texts.measured_on, folder)
+    _tell(found, on, texts.measured_on, written)
+    if wrong is not None:
+        raise PosttrainError(f"{wrong}. The compressed model is kept in {written} instead")
 
 
 # -- the method --------------------------------------------------------------------------------------------------------
@@ -121,14 +134,14 @@ def _listed(entry: Entry) -> str:
     return ", ".join(entry.parameters) or "no argument"
 
 
-def calibrated(method: Compression, samples: int | None, length: int | None) -> Compression:
-    """The method with another amount of calibration text, where one is given."""
+def calibrated(method: Compression, samples: int | None, length: int | None, option: str = "samples") -> Compression:
+    """The method with another amount of calibration text, where one is given. option: what `samples` is called."""
     from posttrain.compress.method import Calibrated
     from posttrain.trajectory import PosttrainError
 
-    for option, value in (("samples", samples), ("length", length)):
+    for name, value in ((option, samples), ("length", length)):
         if value is not None and value < 1:
-            raise PosttrainError(f"--{option} {value}: expected at least 1")
+            raise PosttrainError(f"--{name} {value}: expected at least 1")
     usual = method.calibration
     return method.replace(calibration=Calibrated(samples or usual.samples, length or usual.length))
 
@@ -143,10 +156,12 @@ def given_text(option: str, text: str) -> Text:
     from posttrain.trajectory import PosttrainError
 
     try:
-        return text_of(text if Path(text).expanduser().exists() else inline(option, text))
+        named = not text.strip() or Path(text).expanduser().exists()
+        return text_of(text if named else inline(option, text))
     except PosttrainError as error:
         told = str(error)
-        raise PosttrainError(told if told.startswith(option) else f"{option} {text}: {told}") from None
+        given = text if text.strip() else repr(text)
+        raise PosttrainError(told if told.startswith(option) else f"{option} {given}: {told}") from None
 
 
 # -- what came out -----------------------------------------------------------------------------------------------------
@@ -157,7 +172,11 @@ def _output(asked: Asked) -> Path:
     from posttrain.trajectory import PosttrainError
 
     folder = asked.output or Path("runs") / f"{slug(asked.model)}-{asked.method.lower()}"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError:  # which is told where the folder is reserved
+        taken = False
+    if taken:
         raise PosttrainError(f"--output {folder}: it exists already; choose another folder")
     return folder
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from posttrain.compress.method import Calibrated
 from posttrain.compress.walk import Batch
-from posttrain.data.sources import EXTENSIONS, read_rows
+from posttrain.data.rows import describe
+from posttrain.data.sources import EXTENSIONS, SAVED, read_rows
 from posttrain.evaluation import perplexity
 from posttrain.evaluation.task import Task
 from posttrain.evaluation.tasks import task_from
@@ -28,6 +29,7 @@ KEPT_BACK = 0.1  # the end of a text, that is measured on
 WINDOWS = 64  # measured on at most
 TEXT = (".txt", ".md")
 ROWS = (*EXTENSIONS, ".gz")
+EXPECTED = "a file of text or of rows, a hub id, texts, or a task"
 Text = str | Path | Task | Sequence[str]
 
 
@@ -37,9 +39,20 @@ def text_of(given: str | Path | Task | Mapping[str, Any] | Sequence[str]) -> Tex
     """
     if isinstance(given, Mapping):
         return task_from(given)
-    if not isinstance(given, str | Path):
+    if isinstance(given, Task):
         return given
+    if not isinstance(given, str | Path):
+        texts = list(given) if isinstance(given, Iterable) else [given]
+        if wrong := next((text for text in texts if not isinstance(text, str)), None):
+            raise PosttrainError(f"the calibration text is {describe(wrong)}; expected {EXPECTED}")
+        return texts
     path, name = Path(given).expanduser(), str(given)
+    if not name.strip():
+        raise PosttrainError(f"the name of the text is empty; expected {EXPECTED}")
+    if path.is_dir() and not any((path / file).is_file() for file in SAVED):
+        files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in (*TEXT, *ROWS))
+        hint = f", such as {path / files[0]}" if files else ""
+        raise PosttrainError(f"{name} is a folder and no data set; expected {EXPECTED}{hint}")
     if path.suffix.lower() in TEXT and not path.is_file():
         raise PosttrainError(f"no file {name}; expected a file of text or of rows, a hub id, or a task")
     if path.suffix.lower() in ROWS and not path.exists():

@@ -8,8 +8,9 @@ import json
 import os
 import pkgutil
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -82,6 +83,65 @@ def check_free(folder: Path) -> None:
 
 
 @contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """A folder that will be written: it is free, can be written, and is kept from other processes meanwhile. Told
+    before anything is computed.
+
+    Folders that are made above it go again if nothing is put into them.
+    """
+    from filelock import FileLock, Timeout
+
+    target = folder.resolve()
+    lock = FileLock(str(target.with_name(f".{target.name}.lock")), timeout=0)
+    made: list[Path] = []
+    try:
+        try:
+            check_free(folder)
+            made += [parent for parent in target.parents if not parent.exists()]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=target.parent):
+                pass
+            lock.acquire()
+        except Timeout:
+            raise PosttrainError(
+                f"{folder} is being written by another process; wait for it, or choose another folder"
+            ) from None
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        try:
+            check_free(folder)  # whoever held the lock until now may have written it
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+    finally:
+        for parent in made:
+            with suppress(OSError):  # there is something in it
+                parent.rmdir()
+
+
+def save_somewhere(policy: CausalPolicy, folder: Path) -> tuple[Path, PosttrainError | None]:
+    """Write a compressed model as `save` does; where that fails, under `runs/` or to a temporary folder instead, so
+    that the work is not lost.
+
+    Returns:
+        the folder that was written, and what was wrong with the one that was asked for. Raises what was wrong with it
+        where there is no room anywhere.
+    """
+    try:
+        return save(policy, folder), None
+    except PosttrainError as error:
+        wrong = error
+    for place in (Path("runs"), Path(tempfile.gettempdir())):
+        names = (place / f"{folder.resolve().name}{end}" for end in ("", *(f"-{n}" for n in range(2, 100))))
+        other = next((name for name in names if not name.exists()), None)
+        if other is not None:
+            with suppress(PosttrainError):
+                return save(policy, other), wrong
+    raise wrong
+
+
+@contextmanager
 def beside(target: Path, told: Path) -> Iterator[Path]:
     """A folder to write in beside the target, gone at the end; what a killed process left there goes first."""
     scratch = target.with_name(f".{target.name}.writing-{os.getpid()}")
@@ -98,6 +158,15 @@ def beside(target: Path, told: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _unwritable(folder: Path, error: Exception) -> PosttrainError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    if isinstance(error, FileExistsError):
+        reason = f"{error.filename} is no folder"
+    return PosttrainError(
+        f"cannot write the compressed model to {folder}: {reason}; free some space or choose another folder"
+    )
 
 
 def _write(policy: CausalPolicy, folder: Path, about: dict[str, Any]) -> None:

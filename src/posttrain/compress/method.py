@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ from posttrain.compress.attention_part import AttentionPart
 from posttrain.compress.solvers.solver import Solver
 from posttrain.compress.transforms.transform import Transform
 from posttrain.compress.walk import Batch
+from posttrain.trajectory import PosttrainError
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class Compression:
     calibration: Calibrated = field(default_factory=Calibrated)
     skip: tuple[str, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        damping = getattr(self.solver, "damping", 0.0)  # of all that solve by a Hessian
+        if not 0 <= damping < math.inf:
+            raise PosttrainError(f"damping is {damping:g}; expected a number from 0 on")
 
     @property
     def uses_data(self) -> bool:

@@ -21,6 +21,7 @@ from posttrain.trajectory import PosttrainError
 
 Source = str | Path | Iterable[Mapping[str, Any]] | Mapping[str, Any]  # a mapping holds the rows of each split
 EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+SAVED = ("state.json", "dataset_dict.json")  # what a folder of `datasets.save_to_disk` holds
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -270,7 +271,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
 def _saved_folder(path: Path, split: str) -> Iterable[Mapping[str, Any]]:
     import datasets
 
-    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if not any((path / name).is_file() for name in SAVED):
         files = sorted(entry.name for entry in path.iterdir() if _extension(entry) in EXTENSIONS)
         hint = f"; name one of its files: {', '.join(files[:5])}" if files else ""
         raise PosttrainError(f"the folder {path} was not written by datasets.save_to_disk{hint}")

@@ -112,3 +112,14 @@ def test_bits_that_there_are_not(bits: int) -> None:
 def test_a_zero_that_there_is_not() -> None:
     with pytest.raises(PosttrainError, match="expected none, integer or float"):
         Uniform(zero="half")  # type: ignore[arg-type]
+
+
+def test_groups_that_divide_are_named_where_one_does_not() -> None:
+    expected = {32: "8, 16, 32", 96: "8, 16, 24, 32, 48, 96", 20: "2, 4, 5, 10, 20", 512: "8, 16, 32, 64, 128, 256"}
+    for columns, fits in expected.items():
+        with pytest.raises(
+            PosttrainError, match=f"^group 11 does not divide the {columns} .*; that divide it: {fits}$"
+        ):
+            Uniform(4, 11).width(columns)
+    with pytest.raises(PosttrainError, match=r"or 0 for one group a row$"):
+        Uniform(4, 11).width(997)

@@ -153,3 +153,9 @@ def test_a_pattern_says_the_sparsity() -> None:
     assert agreeing(0.6, "") == Sparsity(0.6)
     with pytest.raises(PosttrainError, match=r"^sparsity is 0\.7 and pattern 2:4"):
         agreeing(0.7, "2:4")
+    for pattern in ("4:2", "0:4", "2:2", "1:257", "two of four"):
+        with pytest.raises(PosttrainError, match=f"^pattern is '{pattern}'; expected N:M, which keeps N of every M"):
+            agreeing(0.5, pattern)
+    for share in (0.0, 1.0, -0.1, float("nan")):
+        with pytest.raises(PosttrainError, match=f"^sparsity is {share}; expected a share of the weights above 0 and"):
+            agreeing(share, "")

@@ -11,6 +11,8 @@ from torch import Tensor
 from posttrain.compress.packed.weight import PackedWeight
 from posttrain.trajectory import PosttrainError
 
+WIDEST = 256  # columns of a group that is named to one who gave another
+
 
 class Levels(ABC):
     """The values that the rows of one group of columns may take, with scales already rounded to how they are stored."""
@@ -63,7 +65,8 @@ class Grid(ABC):
         if self.group == 0 or self.group >= columns:
             return columns
         if columns % self.group:
-            fits = [g for g in (32, 48, 64, 96, 128, 192, 256) if columns % g == 0]
+            fits = [g for g in range(2, min(columns, WIDEST) + 1) if columns % g == 0]
+            fits = [g for g in fits if g % 8 == 0] or fits
             hint = f"; that divide it: {', '.join(map(str, fits))}" if fits else ""
             raise PosttrainError(
                 f"group {self.group} does not divide the {columns} input columns of {name}; expected a divisor, or 0 "

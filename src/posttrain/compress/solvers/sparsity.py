@@ -80,8 +80,15 @@ class Sparsity:
 def agreeing(sparsity: float, pattern: str) -> Sparsity:
     """What a method function is given: with a pattern, a sparsity of one half that was not asked for follows it."""
     every = re.fullmatch(r"(\d+):(\d+)", pattern)
-    if every and sparsity == 0.5 and int(every[2]):
+    if pattern and (every is None or not 0 < int(every[1]) < int(every[2]) <= WIDEST):
+        raise PosttrainError(
+            f"pattern is {pattern!r}; expected N:M, which keeps N of every M columns of a row, with N from 1 to below "
+            f"M and M up to {WIDEST}, as in 2:4"
+        )
+    if every and sparsity == 0.5:
         sparsity = 1 - int(every[1]) / int(every[2])
+    if not 0 < sparsity < 1:
+        raise PosttrainError(f"sparsity is {sparsity}; expected a share of the weights above 0 and below 1")
     return Sparsity(sparsity, pattern)
 
 
