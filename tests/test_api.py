@@ -13,7 +13,7 @@ import yaml
 
 import posttrain
 from conftest import make_model, make_tokenizer
-from posttrain import evaluate, methods, tasks, train
+from posttrain import evaluate, methods, quantize, tasks, train
 from posttrain.evaluation.task import Task, TaskItem
 from posttrain.methods.registry import _METHODS
 from posttrain.models.causal import CausalPolicy
@@ -193,6 +193,46 @@ def test_models_that_cannot_be_trained_are_refused() -> None:
         train(make_policy(torch.float16), "sft", data=CHATS)
     with pytest.raises(PosttrainError, match="has an adapter already; merge it first"):
         train(add_lora(make_policy(), rank=2), "sft", data=CHATS)
+
+
+# -- quantize --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"method": "gptq", "bits": 2.5}, "gptq: bits is 2.5; input should be a valid integer"),
+        ({"method": "gptq", "bits": "abc"}, "gptq: bits is 'abc'; input should be a valid integer"),
+        ({"method": "gptq", "bits": None}, "gptq: bits is None; input should be a valid integer"),
+        ({"method": "gptq", "bts": 2}, "unknown argument of gptq 'bts'; did you mean bits?"),
+        ({"method": "gptq", "damping": -1}, "damping is -1; expected a number from 0 on"),
+        ({"method": "grpo", "bits": 2}, "quantize: grpo does not compress; use train for it"),
+        ({"method": 3}, "quantize: 3 does not compress"),
+        ({"method": methods.rtn(), "bits": 2}, "quantize: rtn is made already; give bits where it is made"),
+        ({"method": "rtn", "calibration": 42}, "the calibration text is a number (42); expected a file of text"),
+        ({"method": "rtn", "calibration": ["a", 1]}, "the calibration text is a number (1); expected a file of text"),
+        ({"method": "rtn", "samples": "3"}, "quantize: samples is '3'; input should be a valid integer"),
+        ({"method": "rtn", "samples": 0}, "quantize: samples is 0; input should be greater than or equal to 1"),
+        ({"method": "rtn", "length": 2.5}, "quantize: length is 2.5; input should be a valid integer"),
+        ({"method": "rtn", "seed": "x"}, "quantize: seed is 'x'; expected a whole number from 0 to 4294967295"),
+        ({"method": "rtn", "seed": 10**23}, "quantize: seed is 100000000000000000000000; expected a whole number"),
+        ({"method": "rtn", "skip": 3}, "quantize: skip is 3; "),
+        ({"method": "rtn", "group": 16, "skip": "*.nosuch"}, "skip pattern '*.nosuch' matches no linear layer"),
+    ],
+)
+def test_mistakes_in_quantizing_are_one_line(call: dict[str, Any], message: str) -> None:
+    with pytest.raises(PosttrainError, match=re.escape(message)) as error:
+        quantize(make_policy(), show=False, **{"calibration": ["a b c " * 20], **call})
+    assert "\n" not in str(error.value)
+
+
+def test_quantize_takes_one_pattern_and_refuses_what_is_compressed() -> None:
+    small = quantize(make_policy(), "rtn", ["a b c " * 20], group=16, skip="*.down_proj", show=False)
+    names = [layer.name for layer in small.compression.layers]
+    assert len(names) == 12
+    assert not any(name.endswith("down_proj") for name in names)
+    with pytest.raises(PosttrainError, match=r"is compressed already \(rtn\); compress the float model instead"):
+        quantize(small, "gptq", ["a b c"])
 
 
 # -- evaluate --------------------------------------------------------------------------------------------------------

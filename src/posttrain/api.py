@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 
 from posttrain.compress.calibrate import calibration_batches, text_of
 from posttrain.compress.method import Calibrated, Compression
-from posttrain.compress.policy import CompressedPolicy, compressed_copy
+from posttrain.compress.policy import CompressedPolicy, check_float, compressed_copy
 from posttrain.evaluation.evaluate import evaluate as evaluate_engine
 from posttrain.evaluation.evaluation import Evaluation
 from posttrain.evaluation.task import Task
@@ -34,6 +35,8 @@ from posttrain.recipe import (
     cluster_of,
     engine_choice,
 )
+from posttrain.recipe_values import Count, check_types, checked_seed, typed
+from posttrain.reward.names import unknown
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.run import Run, execute
 from posttrain.terminal import Counter
@@ -219,7 +222,7 @@ def quantize(
     *,
     samples: int | None = None,
     length: int | None = None,
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     seed: int = 0,
     show: bool = True,
     **arguments: Any,
@@ -232,7 +235,7 @@ def quantize(
         calibration: a file of text or of rows, a hub id, texts, or a task (a `Task`, a name or a mapping); by default
             problems that the lab makes.
         samples, length: windows of calibration text, and tokens of each, in place of the method's.
-        skip: patterns of layers that stay as they are: `*.down_proj`.
+        skip: patterns of layers that stay as they are, or one: `*.down_proj`.
         seed: of the windows, and of everything random in the method.
         arguments: of the method, where it is given by name (`bits=3`). A group that is left out is the method's own or,
             where that does not divide the model's layers, the largest power of two that does, with a warning.
@@ -241,25 +244,49 @@ def quantize(
     """
     from posttrain.studies.compression import texts_for
 
-    made = find(method).function(**arguments) if isinstance(method, str) else method
-    if not isinstance(made, Compression):
-        name = method if isinstance(method, str) else getattr(method, "name", repr(method))
-        raise PosttrainError(f"quantize: {name} does not compress; use train for it, or give a method such as gptq")
-    if arguments and not isinstance(method, str):
-        raise PosttrainError(f"quantize: {made.name} is made already; give {', '.join(arguments)} where it is made")
+    made = _compression(method, arguments)
+    where = Where("quantize")
     usual = made.calibration
-    much = Calibrated(usual.samples if samples is None else samples, usual.length if length is None else length)
+    much = Calibrated(
+        typed(Count, usual.samples if samples is None else samples, ("samples",), where),
+        typed(Count, usual.length if length is None else length, ("length",), where),
+    )
+    skip = (skip,) if isinstance(skip, str) else typed(tuple[str, ...], skip, ("skip",), where)
+    checked_seed(seed, "quantize: seed")
+    source = None if calibration is None else text_of(calibration)
     policy = model if isinstance(model, CausalPolicy) else load(model)
+    check_float(policy)
     if isinstance(method, str):
         made, said = fitted(made, arguments, policy.base, skip)
         if said is not None:
             warnings.warn(said, stacklevel=2)
-    if calibration is None:
+    if source is None:
         batches = texts_for(policy).batches(policy, much, seed)
     else:
-        batches = calibration_batches(policy, text_of(calibration), much.samples, much.length, seed)
+        batches = calibration_batches(policy, source, much.samples, much.length, seed)
     with Counter(f"{made.name}: blocks", "blocks", show=show) as progress:
         return compressed_copy(policy, made, batches, skip=skip, seed=seed, progress=progress)
+
+
+def _compression(method: Compression | str, arguments: Mapping[str, Any]) -> Compression:
+    """The method, made with its arguments where it is given by name."""
+    entry = find(method) if isinstance(method, str) else None
+    if not isinstance(method, Compression) and (entry is None or entry.kind != "compression"):
+        name = method if isinstance(method, str) else getattr(method, "name", repr(method))
+        raise PosttrainError(f"quantize: {name} does not compress; use train for it, or give a method such as gptq")
+    if isinstance(method, Compression):
+        if arguments:
+            raise PosttrainError(
+                f"quantize: {method.name} is made already; give {', '.join(arguments)} where it is made"
+            )
+        return method
+    assert entry is not None
+    for key in arguments:
+        if key not in entry.parameters:
+            raise unknown(f"argument of {entry.name}", key, entry.parameters)
+    check_types(inspect.unwrap(entry.function), arguments, Where(entry.name))
+    made: Compression = entry.function(**arguments)
+    return made
 
 
 def _named(

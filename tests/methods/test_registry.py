@@ -60,6 +60,16 @@ def test_a_compression() -> None:
     assert entry.parts["calibration"] == "Calibrated(samples=64, length=512)"
 
 
+def test_no_method_takes_a_negative_damping() -> None:
+    damped = [entry for entry in methods.registered().values() if "damping" in entry.parameters]
+    assert {"gptq", "sparsegpt", "spqr", "billm"} < {entry.name for entry in damped}
+    for entry in damped:
+        entry.function(damping=0)
+        for damping in (-1, -0.01, float("nan"), float("inf")):
+            with pytest.raises(PosttrainError, match=f"^damping is {damping}; expected a number from 0 on$"):
+                entry.function(damping=damping)
+
+
 def test_a_branch_of_its_own() -> None:
     @methods.method(family="preference", branch="2.3u")
     def fine() -> Method:

@@ -98,6 +98,15 @@ def test_what_is_there_is_not_done_again(tmp_path: Path, trained: list) -> None:
     assert names(trained) == [("rloo", 0), ("rloo", 1), ("sft", 2), ("grpo", 2), ("rloo", 2)]
 
 
+@pytest.mark.parametrize(("name", "count"), [("before.json", 1), ("sft-seed0.json", 2)])
+def test_a_file_without_what_a_job_writes_is_written_anew(tmp_path: Path, trained: list, name: str, count: int) -> None:
+    compare(tmp_path / "c", ["sft"], seeds=1)
+    (tmp_path / "c" / name).write_text("{}")
+    compare(tmp_path / "c", ["sft"], seeds=1)
+    assert names(trained) == [("sft", 0)] * count
+    assert "correct" in json.loads((tmp_path / "c" / name).read_text())
+
+
 def test_stopped_in_the_middle_it_goes_on(tmp_path: Path, trained: list, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -259,7 +268,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], saved: str, trained: li
         ({"--budget": "5x"}, "budget is '5x'; expected a time such as 90s, 5m or 1h, or a number such as 2Mtokens or"),
         ({"--methods": "grpo,riskpoo"}, "unknown method 'riskpoo'; "),
         ({"--methods": "grpo,grpo"}, "--methods: grpo is given twice"),
-        ({"--methods": " , "}, "--methods ' , ': expected names such as grpo,riskpo"),
+        ({"--methods": " , "}, "--methods ' , ': expected names such as grpo,riskpo or gptq,awq"),
         ({"--methods": "sft,"}, "no model at nosuch/: no such folder"),
         ({"--set": "clipp=1"}, "unknown setting 'clipp'; did you mean clip"),
         ({"--set": "batch=0"}, "--set batch=0: batch is 0; expected at least 1"),

@@ -105,6 +105,28 @@ def test_what_is_there_is_not_done_again(tmp_path: Path, done: list) -> None:
     assert done == [("gptq", 0), ("rtn", 0), ("rtn", 1), ("gptq", 1), ("rtn", 1), ("rtn", 2), ("gptq", 2), ("rtn", 2)]
 
 
+@pytest.mark.parametrize("name", ["before.json", "a-seed0.json"])
+def test_a_file_without_what_a_job_writes_is_written_anew(tmp_path: Path, done: list, name: str) -> None:
+    first = compare(tmp_path / "c", {"a": made()}, seeds=1)
+    file = tmp_path / "c" / name
+    whole = json.loads(file.read_text())
+    for lacking in [{}, *({k: v for k, v in whole.items() if k != key} for key in ("loss", "size"))]:
+        file.write_text(json.dumps(lacking))
+        again = compare(tmp_path / "c", {"a": made()}, seeds=1)
+        assert again.methods[0].perplexity == first.methods[0].perplexity
+        assert json.loads(file.read_text()).keys() == whole.keys()
+    assert len(done) == (4 if name == "a-seed0.json" else 1)
+
+
+def test_what_fails_in_a_job_names_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*given: Any, **options: Any) -> None:
+        raise PosttrainError("q_proj holds weights that are not finite")
+
+    monkeypatch.setattr(module, "compressed_copy", failing)
+    with pytest.raises(PosttrainError, match=r"^a: q_proj holds weights that are not finite$"):
+        compare(tmp_path / "c", {"a": made()})
+
+
 def test_other_conditions_need_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(tmp_path / "c", {"a": made()}, seeds=1)
     with pytest.raises(PosttrainError, match=r"under other conditions: skipped \[\] \(now \['\*\.up_proj'\]\)"):
@@ -139,6 +161,10 @@ def test_a_model_that_predicts_nothing_finite_is_told(tmp_path: Path, monkeypatc
     [
         ({}, {}, "compare: no method given"),
         ({"a": made()}, {"seeds": 0}, "compare: seeds is 0"),
+        ({"a": made()}, {"seeds": 1 << 33}, "compare: the last seed is 8589934591; expected a whole number from 0 to"),
+        ({"a": made(), "b": made(group=24)}, {}, "^b: group 24 does not divide"),
+        ({"a": made(), "b": methods.quamba()}, {}, "^b: LlamaForCausalLM has no Mamba mixer to take apart"),
+        ({"a": made()}, {"skip": ["*.nosuch"]}, r"^skip pattern '\*\.nosuch' matches no linear layer"),
         ({"a b": made(), "a/b": made()}, {}, "would share a file"),
         ({"a": made(group=24)}, {}, "group 24 does not divide"),
         ({"a": made()}, {"task": tasks.from_rows(ROWS, heldout=0)}, "has no held-out problems"),
@@ -294,7 +320,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str], saved: str, done: list)
         ({"--methods": "grpo"}, "--budget is missing: what each run may spend in training"),
         ({"--bits": "two"}, "--bits two: expected whole numbers, as in 2,3,4"),
         ({"--bits": "9"}, "--bits 9: bits is 9; a uniform grid has 1 to 8"),
-        ({"--windows": "0"}, "--samples 0: expected at least 1"),
+        ({"--windows": "0"}, "--windows 0: expected at least 1"),
+        ({"--length": "0"}, "--length 0: expected at least 1"),
+        ({"--methods": "", "--bits": "2"}, "--methods '': expected names such as grpo,riskpo or gptq,awq"),
         ({"--set": "dampign=1"}, "unknown argument of these methods 'dampign'; did you mean damping"),
         ({"--set": "damping=much"}, "--set damping=much: damping is 'much'; input should be a valid number"),
         ({"--calibration": "no.txt"}, "--calibration no.txt: no file no.txt; expected a file of text"),

@@ -146,6 +146,8 @@ def _compressions(text: str) -> list[Entry]:
     from posttrain.trajectory import PosttrainError
 
     parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise PosttrainError(f"--methods {text!r}: expected names such as grpo,riskpo or gptq,awq")
     entries = [[find(name.strip()) for name in part.split("+")] for part in parts]
     kinds = {entry.name: entry.kind == "compression" for chain in entries for entry in chain}
     if not any(kinds.values()):
@@ -208,8 +210,6 @@ def _methods(text: str, given: Given) -> dict[str, Method | Pipeline]:
     from posttrain.trajectory import PosttrainError
 
     chains = [[find(name.strip()) for name in part.split("+")] for part in text.split(",") if part.strip()]
-    if not chains:
-        raise PosttrainError(f"--methods {text!r}: expected names such as grpo,riskpo")
     entries = list({entry.name: entry for chain in chains for entry in chain}.values())
     stages, places = stages_with(entries, given)
     where = Where("", {}, places)

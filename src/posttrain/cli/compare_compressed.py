@@ -93,5 +93,5 @@ def _methods(
                     raise PosttrainError(f"--bits {count}: {entry.name} takes no bits; leave --bits out, or the method")
                 own["bits"] = (count, f"--bits {count}")
             name = entry.name if len(bits) == 1 else f"{entry.name} {count} bits"
-            found[name] = calibrated(fit(made(entry, own, shared=True)), *much)
+            found[name] = calibrated(fit(made(entry, own, shared=True)), *much, option="windows")
     return found

@@ -38,6 +38,8 @@ from posttrain.training.stage import Trained, train_stage
 from posttrain.trajectory import PosttrainError, Sampling
 
 BEFORE = "before.json"
+OF_MODEL = ("correct",)  # what the files of jobs hold
+OF_JOB = ("key", "correct", "curves", "seconds", "tokens", "rollouts", "steps")
 PROBE = 3  # steps that tell how long a step takes; the first does not count
 SLACK = 1.25  # so that the budget ends a stage, not a number of steps that was estimated a little too low
 MEASURED, MEASURED_PROMPTS = 8, 64  # how often the held-out accuracy is measured on the way, on how many prompts
@@ -104,7 +106,7 @@ class _Jobs:
     def before(self) -> np.ndarray:
         """`[prompts]`: the share of right completions of the model as it is."""
         file = self.folder / BEFORE
-        if (row := read_row(file)) is None:
+        if (row := read_row(file, OF_MODEL)) is None:
             self._say("evaluating the model as it is")
             row = {"correct": self._correct(self.policy)}
             write_text(file, json.dumps(row))
@@ -113,7 +115,7 @@ class _Jobs:
     def run(self, name: str, method: Made, seed: int) -> Run:
         file = self.folder / f"{slug(name)}-seed{seed}.json"
         key = digest([method, self.keep_length])
-        row = read_row(file)
+        row = read_row(file, OF_JOB)
         if row is not None and row["key"] != key:
             self._say(f"{name}, seed {seed}: the method is another than the one that {file} is of; it runs again")
         if row is None or row["key"] != key:

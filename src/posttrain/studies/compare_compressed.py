@@ -6,9 +6,11 @@ on with the job it was at, and methods or seeds that are added later join what i
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,18 @@ from typing import Any
 import numpy as np
 
 from posttrain.compress.calibrate import Texts
+from posttrain.compress.experts import unfuse
 from posttrain.compress.measure import decoding_rate, model_bytes
 from posttrain.compress.method import Calibrated, Compression
 from posttrain.compress.pipeline import check
 from posttrain.compress.policy import check_float, compressed_copy
+from posttrain.compress.stacks import check_patterns
+from posttrain.compress.transforms.transform import Transform
 from posttrain.evaluation.evaluate import evaluate
 from posttrain.evaluation.perplexity import Predictions, predict
 from posttrain.evaluation.task import Task
 from posttrain.models.causal import CausalPolicy
+from posttrain.recipe_values import checked_seed
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.studies import compressed_page
 from posttrain.studies.compare import BEFORE
@@ -35,6 +41,8 @@ from posttrain.training.checkpoint import write_text
 from posttrain.training.scoring import sequence_scores
 from posttrain.trajectory import Group, PosttrainError
 
+OF_MODEL = ("loss", "tokens", "correct", "size", "rate")  # what the files of jobs hold
+OF_JOB = ("key", "loss", "kl", "correct", "bits", "size", "seconds", "rate")
 TIMED = 16  # tokens decoded to tell the rate
 
 
@@ -108,7 +116,7 @@ class _Jobs:
 
     def before(self) -> Before:
         file = self.folder / BEFORE
-        if (row := read_row(file)) is None:
+        if (row := read_row(file, OF_MODEL)) is None:
             self._say("measuring the model as it is")
             found = self._predict(self.policy, None)
             row = {
@@ -124,7 +132,7 @@ class _Jobs:
     def run(self, name: str, method: Compression, seed: int) -> Run:
         file = self.folder / f"{slug(name)}-seed{seed}.json"
         key = digest(method)
-        row = read_row(file)
+        row = read_row(file, OF_JOB)
         if row is not None and row["key"] != key:
             self._say(f"{name}, seed {seed}: the method is another than the one that {file} is of; it runs again")
         if row is None or row["key"] != key:
@@ -137,7 +145,7 @@ class _Jobs:
 
     def _compress(self, name: str, method: Compression, seed: int) -> dict[str, Any]:
         batches = self.texts.batches(self.policy, method.calibration, seed)
-        with Counter(f"{name}, seed {seed}: blocks", "blocks", show=self.show) as progress:
+        with Counter(f"{name}, seed {seed}: blocks", "blocks", show=self.show) as progress, _called(name):
             small = compressed_copy(self.policy, method, batches, skip=self.skip, seed=seed, progress=progress)
         found = self._predict(small, self.policy)
         assert found.kl is not None
@@ -181,14 +189,41 @@ def _check(
     for label, value in (("seeds", seeds), ("holdout", holdout)):
         if value is not None and value < 1:
             raise PosttrainError(f"compare: {label} is {value}; expected at least 1")
+    checked_seed(seeds - 1, "compare: the last seed")
     check_float(policy)
     if task is not None and not task.heldout:
         raise PosttrainError(f"compare: task {task.name} has no held-out problems; set heldout above 0")
     slugs: dict[str, str] = {}
-    for name, method in methods.items():
+    for name in methods:
         if slugs.setdefault(slug(name), name) != name:
             raise PosttrainError(f"compare: {slugs[slug(name)]!r} and {name!r} would share a file; rename one")
-        check(policy.base, method, skip)
+    check_patterns(policy.base, skip)
+    for name, method in methods.items():
+        with _called(name):
+            check(policy.base, method, skip)
+            _suits(policy, method)
+
+
+def _suits(policy: CausalPolicy, method: Compression) -> None:
+    """PosttrainError where a method's transforms do not fit the architecture: they are tried on a copy, since what they
+    need is seen in no other way.
+    """
+    tried = [t for t in method.transforms if type(t).apply_to_model is not Transform.apply_to_model]
+    if tried:
+        model: Any = copy.deepcopy(policy.base).cpu().requires_grad_(False).eval()
+        unfuse(model)
+        for transform in tried:
+            transform.apply_to_model(model)
+
+
+@contextmanager
+def _called(name: str) -> Iterator[None]:
+    """What is refused within says which of the methods it is about."""
+    try:
+        yield
+    except PosttrainError as error:
+        told = str(error)
+        raise PosttrainError(told if told.startswith(f"{name}:") else f"{name}: {told}") from error
 
 
 def _array(values: list[float] | None) -> np.ndarray | None:

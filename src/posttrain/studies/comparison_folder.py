@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,11 @@ def opened(folder: Path, plan: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def read_row(file: Path) -> dict[str, Any] | None:
-    """What a job wrote; None where it is not done, or was cut short."""
+def read_row(file: Path, keys: Collection[str] = ()) -> dict[str, Any] | None:
+    """What a job wrote; None where it is not done, was cut short, or lacks some of the keys."""
     try:
         row = json.loads(file.read_text(encoding="utf-8"))
-        return row if isinstance(row, dict) else None
+        return row if isinstance(row, dict) and set(keys) <= row.keys() else None
     except (OSError, ValueError):
         return None
 
