@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +34,7 @@ from posttrain.recipe import (
     cluster_of,
     engine_choice,
 )
-from posttrain.recipe_values import Count, check_types, checked_seed, typed
+from posttrain.recipe_values import Count, checked_seed, typed
 from posttrain.reward.names import unknown
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.run import Run, execute
@@ -284,7 +283,6 @@ def _compression(method: Compression | str, arguments: Mapping[str, Any]) -> Com
     for key in arguments:
         if key not in entry.parameters:
             raise unknown(f"argument of {entry.name}", key, entry.parameters)
-    check_types(inspect.unwrap(entry.function), arguments, Where(entry.name))
     made: Compression = entry.function(**arguments)
     return made
 

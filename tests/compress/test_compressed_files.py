@@ -282,6 +282,14 @@ def test_killed_while_writing_it_leaves_no_folder_and_the_next_try_cleans_up(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+    theirs = tmp_path / f".small.writing-{os.getppid()}"
+    theirs.mkdir()
+    (theirs / "model.safetensors").write_bytes(b"half")
+    small_of(tiny()).save(tmp_path / "small")
+    assert (theirs / "model.safetensors").read_bytes() == b"half"
+
+
 def test_a_folder_is_reserved_before_anything_is_computed(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PosttrainError, match=r"to .*file/small: .*file is no folder; free some space or choose"):

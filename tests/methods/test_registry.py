@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from posttrain import methods
@@ -58,6 +59,34 @@ def test_a_compression() -> None:
     assert entry.parts["solver"].startswith("GPTQ(sequential=True, grid=Uniform(bits=3, group=128, ")
     assert entry.parts["transforms"] == entry.parts["allocation"] == entry.parts["activations"] == "none"
     assert entry.parts["calibration"] == "Calibrated(samples=64, length=512)"
+
+
+def test_arguments_of_a_compression_are_of_its_types() -> None:
+    class Part:
+        pass
+
+    def my_own(bits: int = 3, share: float | None = None, part: object = None) -> Compression:
+        """Something smaller."""
+        return methods.gptq(int(bits))
+
+    my_own.__annotations__["part"] = Part | None
+    made = methods.method(family="quantization", name="my-own.3", card="000")(my_own)
+    part = Part()
+    assert made(np.int64(4), np.float32(0.5), part).arguments == {"bits": 4, "share": 0.5, "part": part}
+    for given, message in (
+        ({"bits": 2.5}, "bits is 2.5; input should be a valid integer"),
+        ({"bits": None}, "bits is None; input should be a valid integer"),
+        ({"bits": True}, "bits is True; input should be a valid integer"),
+        ({"share": "half"}, "share is 'half'; input should be a valid number"),
+    ):
+        with pytest.raises(PosttrainError, match=f"^my-own.3: {message}"):
+            made(**given)
+    my_own.__annotations__["part"] = "Unknown"
+    assert made(bits=2.5).arguments["bits"] == 2.5, "types that are not there are not checked"
+    with pytest.raises(PosttrainError, match=r"^gptq: group is None; input should be a valid integer$"):
+        methods.gptq(group=None)  # type: ignore[arg-type]
+    with pytest.raises(PosttrainError, match=r"^wanda: sparsity is 'half'; input should be a valid number"):
+        methods.wanda(sparsity="half")  # type: ignore[arg-type]
 
 
 def test_no_method_takes_a_negative_damping() -> None:

@@ -143,21 +143,32 @@ def save_somewhere(policy: CausalPolicy, folder: Path) -> tuple[Path, PosttrainE
 
 @contextmanager
 def beside(target: Path, told: Path) -> Iterator[Path]:
-    """A folder to write in beside the target, gone at the end; what a killed process left there goes first."""
+    """A folder to write in beside the target, gone at the end; what killed processes left there goes first."""
     scratch = target.with_name(f".{target.name}.writing-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left in target.parent.glob(f".{target.name}.writing-*"):
-            shutil.rmtree(left, ignore_errors=True)
+            if not _at_work(left.name.rpartition("-")[2]):
+                shutil.rmtree(left, ignore_errors=True)
         scratch.mkdir()
         yield scratch
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise PosttrainError(
-            f"cannot write the compressed model to {told}: {reason}; free some space or choose another folder"
-        ) from error
+        raise _unwritable(told, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _at_work(process: str) -> bool:
+    """Whether another process of that number is there."""
+    if process == str(os.getpid()):  # this one writes nothing yet: the folder is of one before it
+        return False
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def _unwritable(folder: Path, error: Exception) -> PosttrainError:

@@ -13,6 +13,8 @@ from posttrain.compress.method import Compression
 from posttrain.methods import verdicts
 from posttrain.methods.parts import Parts, parts_of
 from posttrain.methods.taxonomy import taxonomy
+from posttrain.recipe_text import Where
+from posttrain.recipe_values import check_types
 from posttrain.training.method import Method, Pipeline, stages_of
 from posttrain.trajectory import PosttrainError
 
@@ -99,15 +101,19 @@ def method(
 
     branch: where it stands in the taxonomy, when its card and family do not say it (see `Entry.branch`).
     The method it returns carries that name and the arguments of the call; the stages of a pipeline carry their own.
+    Arguments of a compression are of the types that its function says, or an error.
     """
 
     def register(function: Callable[P, Made]) -> Callable[P, Made]:
         known = name or function.__name__.replace("_", "-")
         signature = inspect.signature(function)
+        compresses = signature.return_annotation in (Compression, "Compression")
 
         @functools.wraps(function)
         def build(*args: P.args, **kwargs: P.kwargs) -> Made:
             bound = signature.bind(*args, **kwargs)
+            if compresses:
+                check_types(function, bound.arguments, Where(known))
             bound.apply_defaults()
             made = function(*args, **kwargs)
             if isinstance(made, Pipeline):
