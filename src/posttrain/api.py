@@ -34,13 +34,14 @@ from posttrain.recipe import (
     cluster_of,
     engine_choice,
 )
-from posttrain.recipe_values import Count, checked_seed, typed
+from posttrain.recipe_values import Count, typed
 from posttrain.reward.names import unknown
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.run import Run, execute
 from posttrain.terminal import Counter
 from posttrain.training.method import Method, Pipeline, stages_of
 from posttrain.training.scoring import sequence_scores
+from posttrain.training.values import checked_seed
 from posttrain.trajectory import PosttrainError
 
 if TYPE_CHECKING:

@@ -34,7 +34,6 @@ from posttrain.recipe_values import (
     Count,
     arguments_of,
     checked,
-    checked_seed,
     checked_settings,
     known_keys,
     listed,
@@ -46,6 +45,7 @@ from posttrain.rollout.engine_choice import EngineChoice
 from posttrain.rollout.pool.cluster import Cluster
 from posttrain.training.method import Method, Pipeline, stages_of
 from posttrain.training.settings import NAMES
+from posttrain.training.values import checked_seed
 from posttrain.trajectory import PosttrainError
 
 

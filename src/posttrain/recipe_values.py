@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
-import numbers
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError
+from pydantic import Field, ValidationError
 
+from posttrain.methods.registry import Entry
 from posttrain.recipe_text import Place, Where
 from posttrain.training.duration import in_seconds
 from posttrain.training.settings import NAMES, Settings
+from posttrain.training.values import in_yaml, of_kind, reason
 from posttrain.trajectory import PosttrainError
 
-if TYPE_CHECKING:
-    from posttrain.methods.registry import Entry
-
-SEEDS = 1 << 32  # from 0 to below it
 Count = Annotated[int, Field(strict=True, ge=1)]
 Amount = Annotated[float, Field(strict=True, ge=0)]
 
@@ -55,7 +49,7 @@ def checked(kind: type[Any], value: Any, place: Place, where: Where) -> Any:
             inner.append(key)
             found = found[key]
         name = ".".join(map(str, inner)) or str(place[-1])
-        raise where.error((*place, *inner), f"{name} is {found!r}; {_reason(error)}") from None
+        raise where.error((*place, *inner), f"{name} is {found!r}; {reason(error)}") from None
 
 
 def checked_settings(given: Mapping[str, Any], place: Place = (), where: Where | None = None) -> dict[str, Any]:
@@ -69,13 +63,6 @@ def checked_settings(given: Mapping[str, Any], place: Place = (), where: Where |
         if values.get(key) == 0:
             raise where.error((*place, key), f"{key} is 0; expected more (nothing would be trained)")
     return values
-
-
-def checked_seed(value: Any, name: str = "seed") -> int:
-    """A seed, if it is one that every generator takes. name: what the user calls it."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < SEEDS:
-        raise PosttrainError(f"{name} is {value!r}; expected a whole number from 0 to {SEEDS - 1}")
-    return value
 
 
 def seconds(value: Any, place: Place = (), where: Where | None = None) -> float:
@@ -95,22 +82,6 @@ def arguments_of(entry: Entry, given: Mapping[str, Any], place: Place, where: Wh
     """Those among `given` that are arguments of the method, with their types checked."""
     hints = get_type_hints(inspect.unwrap(entry.function))
     return {k: typed(hints.get(k, Any), v, (*place, k), where) for k, v in given.items() if k in entry.parameters}
-
-
-def check_types(function: Callable[..., Any], given: Mapping[str, Any], where: Where) -> None:
-    """PosttrainError for an argument of another type than the function says, where that is a type that YAML has.
-    Numbers of NumPy are numbers.
-    """
-    try:
-        hints = get_type_hints(function)
-    except NameError:  # of a type that its module imports for type checkers alone
-        return
-    for key, value in given.items():
-        if not all(_in_yaml(kind) for kind in _alternatives(hints.get(key, Any))):
-            continue
-        if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            value = int(value) if isinstance(value, numbers.Integral) else float(value)
-        typed(hints.get(key, Any), value, (key,), where)
 
 
 @contextmanager
@@ -139,34 +110,10 @@ def typed(hint: Any, value: Any, place: Place, where: Where) -> Any:
     """The value, which must already be of the type (a whole number will do for a fraction, a list for a tuple)."""
     if isinstance(value, list) and any(get_origin(kind) is tuple for kind in (hint, *get_args(hint))):
         value = tuple(value)
-    kinds = [kind for kind in _alternatives(hint) if _in_yaml(kind)]
+    kinds = in_yaml(hint)
     if not kinds:
         raise where.error(place, f"{place[-1]} is {value!r}; it can only be given in Python")
-    known: Any = Union[tuple(kinds)]  # noqa: UP007 (made at run time)
     try:
-        return _adapter(known).validate_python(value, strict=True)
-    except ValidationError as error:
-        raise where.error(place, f"{place[-1]} is {value!r}; {_reason(error)}") from None
-
-
-@functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _in_yaml(kind: Any) -> bool:
-    """Whether YAML can say a value of the type: one of its own types, not an object such as a loaded policy."""
-    try:
-        _adapter(kind)
-    except PydanticSchemaGenerationError:
-        return False
-    return True
-
-
-def _reason(error: ValidationError) -> str:
-    message = str(error.errors()[0]["msg"])
-    return message[0].lower() + message[1:]
+        return of_kind(kinds, value)
+    except ValueError as error:
+        raise where.error(place, f"{place[-1]} is {value!r}; {error}") from None

@@ -39,7 +39,7 @@ class Asked:
 def compress(asked: Asked) -> None:
     """Compress a model, measure it beside the float one, write its folder and tell all of it."""
     from posttrain.compress.files import reserved
-    from posttrain.recipe_values import checked_seed
+    from posttrain.training.values import checked_seed
 
     entry = _entry(asked)
     checked_seed(asked.seed, "--seed")

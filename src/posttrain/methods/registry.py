@@ -13,9 +13,8 @@ from posttrain.compress.method import Compression
 from posttrain.methods import verdicts
 from posttrain.methods.parts import Parts, parts_of
 from posttrain.methods.taxonomy import taxonomy
-from posttrain.recipe_text import Where
-from posttrain.recipe_values import check_types
 from posttrain.training.method import Method, Pipeline, stages_of
+from posttrain.training.values import check_types
 from posttrain.trajectory import PosttrainError
 
 P = ParamSpec("P")
@@ -113,7 +112,7 @@ def method(
         def build(*args: P.args, **kwargs: P.kwargs) -> Made:
             bound = signature.bind(*args, **kwargs)
             if compresses:
-                check_types(function, bound.arguments, Where(known))
+                check_types(function, bound.arguments, known)
             bound.apply_defaults()
             made = function(*args, **kwargs)
             if isinstance(made, Pipeline):

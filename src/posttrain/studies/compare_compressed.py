@@ -29,7 +29,6 @@ from posttrain.evaluation.evaluate import evaluate
 from posttrain.evaluation.perplexity import Predictions, predict
 from posttrain.evaluation.task import Task
 from posttrain.models.causal import CausalPolicy
-from posttrain.recipe_values import checked_seed
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.studies import compressed_page
 from posttrain.studies.compare import BEFORE
@@ -39,6 +38,7 @@ from posttrain.studies.fingerprint import digest
 from posttrain.terminal import Counter, printable
 from posttrain.training.checkpoint import write_text
 from posttrain.training.scoring import sequence_scores
+from posttrain.training.values import checked_seed
 from posttrain.trajectory import Group, PosttrainError
 
 OF_MODEL = ("loss", "tokens", "correct", "size", "rate")  # what the files of jobs hold
