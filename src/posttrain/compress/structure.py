@@ -67,9 +67,7 @@ def foldable(block: Block, what: str) -> Structure:
 
 
 @torch.no_grad()
-def norm_outputs(
-    block: Block, norms: Sequence[str], *, calls: Sequence[Call] | None = None, keep: int = 0
-) -> dict[str, InputMoments]:
+def norm_outputs(block: Block, norms: Sequence[str], *, keep: int = 0) -> dict[str, InputMoments]:
     """Statistics of what norms give, over all tokens (those of an expert see only the tokens that it is sent)."""
     widths = {name: len(block.module.get_parameter(f"{name}.weight")) for name in norms}
     made = {name: InputMoments(widths[name], gram=False, keep=keep, seed=block.seed) for name in norms}
@@ -79,7 +77,7 @@ def norm_outputs(
 
     hooks = [block.module.get_submodule(name).register_forward_hook(watch(name)) for name in norms]
     try:
-        block.outputs(calls)
+        block.outputs()
     finally:
         for hook in hooks:
             hook.remove()
