@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from commands import Result, call, make_folder
 
 from conftest import make_tokenizer
@@ -67,6 +68,21 @@ def test_every_line_is_answered(
     assert conversation[:2] == turns(asked[0])[:2]
     assert conversation[2].startswith("assistant\n")  # with the reply
     assert conversation[3:] == ["user\nsecond<|im_end|>", "assistant"]
+
+
+def test_an_empty_reply_is_said_to_be_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path
+) -> None:
+    def ended(model: str) -> CausalPolicy:
+        policy = load(model)
+        end = policy.tokenizer.eos_token_id
+        policy.model.generate = lambda tokens, **options: torch.cat([tokens, torch.tensor([[end]])], 1)
+        return policy
+
+    monkeypatch.setattr("posttrain.models.load.load", ended)
+    done = chat(capsys, monkeypatch, tiny, "first\n")
+    assert done.code == 0
+    assert done.err == "(an empty reply: the model ended it at once)\n"
 
 
 def test_commands(

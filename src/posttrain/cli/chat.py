@@ -137,7 +137,10 @@ class _Talk:
                 streamer=_printer(self.policy.tokenizer),
             )
         print(flush=True)
-        return str(self.policy.tokenizer.decode(found[0, len(tokens) :], skip_special_tokens=True))
+        reply = str(self.policy.tokenizer.decode(found[0, len(tokens) :], skip_special_tokens=True))
+        if not reply.strip():
+            _say("(an empty reply: the model ended it at once)")
+        return reply
 
     def _config(self, max_tokens: int) -> Any:
         from transformers import GenerationConfig
