@@ -96,7 +96,12 @@ def test_by_name_and_by_default_text(capsys: pytest.CaptureFixture[str]) -> None
         ("gtpq", TEXTS, {}, "unknown method 'gtpq'; did you mean gptq"),
         (methods.rtn(group=16), TEXTS, {"bits": 3}, "quantize: rtn is made already; give bits where it is made"),
         ("rtn", [" ", ""], {"group": 16}, "there is no text in the texts given; expected a file of text, rows or a"),
-        ("rtn", TEXTS, {"group": 16, "samples": 0}, "calibration is 0 windows of 256 tokens; expected at least 1"),
+        (
+            "rtn",
+            TEXTS,
+            {"group": 16, "samples": 0},
+            "quantize: samples is 0; input should be greater than or equal to 1",
+        ),
         ("rtn", TEXTS, {"group": 16, "skip": ["*.mpl.*"]}, r"skip pattern '\*\.mpl\.\*' matches no linear layer"),
         ("rtn", TEXTS, {"group": 24}, "group 24 does not divide the 32 input columns"),
         ("rtn", "nosuch.txt", {"group": 16}, r"no file nosuch\.txt; expected a file"),

@@ -6,7 +6,7 @@ import functools
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
@@ -25,7 +25,8 @@ def checked_seed(value: Any, name: str = "seed") -> int:
 
 def check_types(function: Callable[..., Any], given: Mapping[str, Any], name: str) -> None:
     """PosttrainError for an argument of another type than the function says, where that is a type that YAML has.
-    Numbers of NumPy are numbers. name: what the user calls the function.
+
+    Numbers of NumPy are numbers; of choices the function itself says which there are. name: what the user calls it.
     """
     try:
         hints = get_type_hints(function)
@@ -34,7 +35,7 @@ def check_types(function: Callable[..., Any], given: Mapping[str, Any], name: st
     for key, value in given.items():
         hint = hints.get(key, Any)
         kinds = in_yaml(hint)
-        if len(kinds) < len(alternatives(hint)):
+        if len(kinds) < len(alternatives(hint)) or any(get_origin(kind) is Literal for kind in kinds):
             continue
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
             value = int(value) if isinstance(value, numbers.Integral) else float(value)
