@@ -67,7 +67,8 @@ def spqr_as_compared() -> Study:
 def vptq_again() -> Study:
     """In the study `vptq` three of four comparisons were within the noise of three models.
 
-    What k-means looks at was drawn evenly then, and is drawn by the vectors' weights now.
+    What k-means looks at was drawn evenly then, and is drawn by the vectors' weights now; layers as small as the lab's
+    are looked at whole either way.
 
     Rule, fixed before the run: by the share of the divergence, VPTQ loses less than GPTQ at about equal bits, than
     tables of single weights, and than itself without the last fit of its centroids.

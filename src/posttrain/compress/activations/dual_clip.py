@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,48 +27,59 @@ def learned_ends(
 
     Reference: RepQuant, 2024, arXiv 2402.05628 (card 029).
     """
-    mean = x.mean(0)
-    product = torch.stack([w.T @ w for w in weights]).sum(0)  # what an error of an input costs in outputs
-    best = (low, high)
+    mean, product = x.mean(0), _cost(weights)
     least = float(quadratic(rounded(x, *affine(low, high, bits), bits) - x, product))
-    with torch.enable_grad():
-        above, below = (nn.Parameter(torch.full_like(low, START)) for _ in range(2))
-        optimizer = torch.optim.Adam([above, below], lr=rate)
-        for _ in range(steps):
-            ends = mean - torch.sigmoid(below) * (mean - low), mean + torch.sigmoid(above) * (high - mean)
-            loss = quadratic(soft_rounded(x, *ends, bits) - x, product)
-            if (now := float(loss.detach())) < least:
-                best, least = (ends[0].detach(), ends[1].detach()), now
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-    return best
+
+    def ends(below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
+        return mean - below * (mean - low), mean + above * (high - mean)
+
+    def loss(start: Tensor, end: Tensor) -> Tensor:
+        return quadratic(soft_rounded(x, start, end, bits) - x, product)
+
+    found = _descended((low, high), least, ends, loss, steps, rate)
+    return found[0], found[1]
 
 
 def learned_extent(
     x: Tensor, weights: Sequence[Tensor], extent: Tensor, bits: int, steps: int = 200, rate: float = 0.05
 ) -> Tensor:
     r"""`[in]` the largest size σ(φ) e of every channel's range around 0, e the whole one: see `learned_ends`."""
-    product = torch.stack([w.T @ w for w in weights]).sum(0)
-    middle = 2 ** (bits - 1)
+    product, middle = _cost(weights), 2 ** (bits - 1)
     zero = torch.full((len(extent), 1), float(middle))
+    whole = torch.where(extent > 0, extent, torch.ones_like(extent))
 
-    def error(most: Tensor) -> Tensor:
+    def loss(most: Tensor) -> Tensor:
         scale = (most / (middle - 1))[:, None]
         return quadratic(fake_quantized(x.T, scale, zero, 2 * middle - 1).T - x, product)
 
-    most = torch.where(extent > 0, extent, torch.ones_like(extent))
-    best, least = extent, float(error(most))
+    (found,) = _descended((whole,), float(loss(whole)), lambda share: (share * whole,), loss, steps, rate)
+    return torch.where(extent > 0, found, extent)
+
+
+def _cost(weights: Sequence[Tensor]) -> Tensor:
+    """`[in, in]` what an error of an input costs in the outputs of the layers behind."""
+    return torch.stack([w.T @ w for w in weights]).sum(0)
+
+
+def _descended(
+    whole: tuple[Tensor, ...], least: float, ends: Callable[..., tuple[Tensor, ...]], loss: Callable[..., Tensor],
+    steps: int, rate: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The ends of least loss that Adam meets, the whole range, of loss `least`, among them.
+
+    ends: of the shares σ of each part of the range, of which there are as many as ends.
+    """
+    best = whole
     with torch.enable_grad():
-        inner = nn.Parameter(torch.full_like(extent, START))
-        optimizer = torch.optim.Adam([inner], lr=rate)
+        logits = [nn.Parameter(torch.full_like(end, START)) for end in whole]
+        optimizer = torch.optim.Adam(logits, lr=rate)
         for _ in range(steps):
-            end = torch.sigmoid(inner) * most
-            loss = error(end)
-            if (now := float(loss.detach())) < least:
-                best, least = torch.where(extent > 0, end.detach(), extent), now
+            now = ends(*(torch.sigmoid(each) for each in logits))
+            lost = loss(*now)
+            if (value := float(lost.detach())) < least:
+                best, least = tuple(end.detach() for end in now), value
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            lost.backward()
             optimizer.step()
     return best
 
