@@ -45,10 +45,7 @@ setup(
         Extension(
             "posttrain.native._fused",
             sources=[str(ROWWISE / "fused.c")],
-            depends=[
-                str(ROWWISE / name)
-                for name in ("fused.h", "gather.inc", "products.inc", "rows.inc", "slots.inc", "types.inc")
-            ],
+            depends=[str(ROWWISE / name) for name in ["fused.h", *(path.name for path in ROWWISE.glob("*.inc"))]],
             extra_compile_args=FLAGS + VECTORS + THREADS,
             extra_link_args=THREADS,
             libraries=["m"],

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.compress.attention_part import AttentionPart
+from posttrain.compress.token_labels import FULL, PACKED, packed, rounded, unpacked
 from posttrain.compress.walk import Batch
 from posttrain.models.attention import attend, attention_configs, implementation
+from posttrain.native import chosen as native
+from posttrain.native import library
 from posttrain.trajectory import PosttrainError
 
 NAME, WATCHING = "posttrain-double-sparsity", "posttrain-channels"
 Statistic = Literal["qk", "q", "k", "random"]
 STATISTICS = ("qk", "q", "k", "random")
-FULL = 16  # label bits that mean: as the keys are
 
 
 @dataclass(frozen=True)
@@ -101,24 +103,28 @@ class ChosenTokens(nn.Module):
                 "recent": self.recent}  # fmt: skip
 
     def labels(self, key: Tensor) -> Tensor:
-        """`[rows, key heads, N, width]` to `[rows, heads, N, r]`: the keys' channels of each query head, rounded."""
+        """See `TokenChoice`: the keys' channels of each query head, packed where the function in C reads them so."""
         rows, kv, length, _ = key.shape
         heads, count = self.channels.shape
         place = self.channels.long().view(1, kv, heads // kv, 1, count).expand(rows, -1, -1, length, -1)
         found = key[:, :, None].expand(-1, -1, heads // kv, -1, -1).gather(-1, place)
-        return rounded_labels(found.reshape(rows, heads, length, count), self.label_bits)
+        keep = packed if self.label_bits <= PACKED and library.there_for(key) else rounded
+        return keep(found.reshape(rows, heads, length, count), self.label_bits)
 
     def query_labels(self, query: Tensor) -> Tensor:
         """`[rows, heads, Q, width]` to `[rows, heads, Q, r]`."""
         place = self.channels.long()[None, :, None].expand(query.shape[0], -1, query.shape[2], -1)
-        return rounded_labels(query.gather(-1, place), self.label_bits)
+        return rounded(query.gather(-1, place), self.label_bits)
 
     def pick(self, query: Tensor, labels: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens of largest scores by labels: places `[rows, heads, Q, k]`, and whether each may be seen at all.
 
         visible: `[rows, 1, Q, K]` bool.
         """
-        scores = (self.query_labels(query) @ labels.transpose(-1, -2)).float()
+        own = self.query_labels(query)
+        if labels.dtype == torch.int32:
+            own, labels = own.float(), unpacked(labels, own.shape[-1])
+        scores = (own @ labels.transpose(-1, -2)).float()
         if self.recent:
             newest = visible & (visible.flip(-1).cumsum(-1).flip(-1) <= self.recent)
             scores = scores.masked_fill(newest, torch.inf)
@@ -141,6 +147,10 @@ class ChosenTokens(nn.Module):
         rows, kv, room, _ = key.shape
         if room <= self.tokens:
             return attend(query, key, value, visible, scale, softcap)
+        if softcap is None and native.suits(query, key, value, labels):
+            return native.attend(
+                query, key, value, labels, self.channels, self.label_bits, visible, self.tokens, self.recent, scale
+            )
         heads = query.shape[1]
         places, seen = self.pick(query, labels, visible)
         first = torch.arange(rows * kv, device=key.device).repeat_interleave(heads // kv).view(rows, heads, 1) * room
@@ -151,25 +161,6 @@ class ChosenTokens(nn.Module):
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         return scores.masked_fill(~seen, -torch.inf).softmax(-1).to(values.dtype) @ values
-
-
-def rounded_labels(labels: Tensor, bits: int) -> Tensor:
-    """Labels as an even grid from the least to the largest channel of each token and head has them (in the dtype that
-    they came in: what is modelled is what rounding does to the choice, not its memory).
-    """
-    if bits == FULL:
-        return labels
-    low, high = labels.aminmax(dim=-1, keepdim=True)
-    step = ((high - low).float() / (2**bits - 1)).clamp(min=1e-12)
-    return (((labels - low).float() / step).round() * step + low.float()).to(labels.dtype)
-
-
-def reads(length: int, width: int, count: int, tokens: int, label_bits: int = FULL) -> float:
-    """Numbers of 16 bits that a head reads in a decode step over `length` tokens: labels, then k keys and values.
-
-    Dense attention reads `2 * length * width`.
-    """
-    return length * count * label_bits / 16 + 2 * min(tokens, length) * width
 
 
 # -- which channels ----------------------------------------------------------------------------------------------------

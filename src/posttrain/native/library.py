@@ -41,6 +41,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "scatter": (_P, _P, _P, _L, _L, _L, _L),
     "scatter_add": (_P, _P, _P, _L, _L, _L, _L),
     "slot_attention": (*(_P,) * 8, *(_L,) * 13, _F),
+    "chosen_attention": (*(_P,) * 8, *(_L,) * 13, _F),
     "log_sum": (_P, _P, _P, _L, _L, _F),
     "logit_gradient": (_P, _P, _P, _P, _L, _L, _F),
     "draw": (_P, _P, _P, _P, _P, _L, _L, _F),

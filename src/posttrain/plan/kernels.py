@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from posttrain.models import attention, layers
 from posttrain.models.grouped_attention import GroupedAttention
-from posttrain.native import gather, library, products, slots, softmax
+from posttrain.native import chosen, gather, library, products, slots, softmax
 from posttrain.native import layers as rowwise
 from posttrain.objective import logprob
 from posttrain.plan.ledger import Ledger
@@ -38,7 +38,7 @@ def kernels(device: str, ledger: Ledger) -> Iterator[None]:
         if device == "cpu":
             _put(stack, library, "there_for", partial(_there_for, library.there_for))
             _put(stack, layers, "_agree", partial(_agree, layers._agree))
-            for module in (rowwise, softmax, products, gather, slots):
+            for module in (rowwise, softmax, products, gather, slots, chosen):
                 _put(stack, module, "call", partial(_call, module.call))
         else:
             _put(stack, optim, "open_sink", lambda *_: None)  # as there is none on a GPU
