@@ -149,6 +149,7 @@ def show(found: dict[str, list[dict[str, Any]]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantization", description="GPTQ beside a peer's.")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--zeros", nargs="+", choices=ZEROS, default=ZEROS, help="zero points")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--text", help="a file of text; by default text that the lab makes")
@@ -169,7 +170,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as place:
                 text = None if model.startswith("lab:") else given.text
                 prepare(model, text, Path(place))
-                found[model] = [in_turn(model, MODELS[model], zero, given, Path(place)) for zero in ZEROS]
+                found[model] = [in_turn(model, MODELS[model], zero, given, Path(place)) for zero in given.zeros]
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.calls import Batch
 from posttrain.compress.experts import unfuse
 from posttrain.compress.stacks import stacks
 from posttrain.compress.transforms.transform import Transform
-from posttrain.compress.walk import Batch, Block, Walk
+from posttrain.compress.walk import Block, Walk
 from tiny_models import SHAPE, VOCABULARY, make_policy
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from posttrain.compress.calls import Batch
 from posttrain.compress.method import Compression
 from posttrain.compress.packed.linear import PackedLinear
 from posttrain.compress.pipeline import compress_model
 from posttrain.compress.solvers.solver import Solver
 from posttrain.compress.stacks import linears, stacks
-from posttrain.compress.walk import Batch, Walk
+from posttrain.compress.walk import Walk
 from tiny_models import VOCABULARY, make_policy
 
 GROUP = 16

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from posttrain.compress.calibrate import calibration_batches
+from posttrain.compress.calls import PROBE, Batch, uncalled
 from posttrain.compress.measure import mean_error, model_bytes
 from posttrain.compress.pipeline import Progress, check
 from posttrain.compress.policy import CompressedPolicy, compressed_copy
-from posttrain.compress.walk import PROBE, Batch, uncalled
 from posttrain.evaluation.task import Task
 from posttrain.methods.fitting import fitted
 from posttrain.models.causal import CausalPolicy

@@ -14,6 +14,7 @@ from walkable import text, walkable
 from posttrain import methods
 from posttrain.compress.activations.quantizer import Activations
 from posttrain.compress.allocate import Allocation
+from posttrain.compress.calls import Batch, uncalled
 from posttrain.compress.experts import unfuse
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.moments import InputMoments
@@ -24,7 +25,7 @@ from posttrain.compress.pipeline import check, compress_model, fitting_group
 from posttrain.compress.solvers.rtn import RoundToNearest, rounded
 from posttrain.compress.stacks import linears, stacks, whole_names
 from posttrain.compress.transforms.transform import Transform
-from posttrain.compress.walk import Batch, Block, uncalled
+from posttrain.compress.walk import Block
 from posttrain.trajectory import PosttrainError
 
 EIGHT = methods.rtn(bits=8, group=0)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from walkable import WALKABLE, text, walkable
 
+from posttrain.compress.calls import Batch
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.packed.linear import PackedLinear
 from posttrain.compress.solvers.rtn import rounded
 from posttrain.compress.stacks import linears, stacks
-from posttrain.compress.walk import Batch, Block, Walk
+from posttrain.compress.walk import Block, Walk
 from posttrain.trajectory import PosttrainError
 
 Seen = dict[str, list[Tensor]]

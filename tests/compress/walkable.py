@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from conftest import make_tokenizer
-from posttrain.compress.walk import Batch
+from posttrain.compress.calls import Batch
 from tiny_models import SHAPE, VOCABULARY, make_policy
 
 LANGUAGE = ("llama", "qwen2", "opt", "gpt-neox", "mixtral", "gemma3", "mamba")

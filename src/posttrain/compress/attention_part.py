@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from posttrain.compress.walk import Batch
+from posttrain.compress.calls import Batch
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.calls import Batch
 from posttrain.compress.experts import Experts, unfuse
 from posttrain.compress.method import Calibrated
-from posttrain.compress.walk import Batch
 from posttrain.trajectory import PosttrainError
 
 TOP = 64  # next tokens that a beam is continued with

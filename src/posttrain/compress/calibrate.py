@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from posttrain.compress.calls import Batch
 from posttrain.compress.method import Calibrated
-from posttrain.compress.walk import Batch
 from posttrain.data.rows import describe
 from posttrain.data.sources import EXTENSIONS, SAVED, read_rows
 from posttrain.evaluation import perplexity

@@ -12,9 +12,9 @@ from torch import nn
 from posttrain.compress.activations.quantizer import Activations
 from posttrain.compress.allocate import Allocation
 from posttrain.compress.attention_part import AttentionPart
+from posttrain.compress.calls import Batch
 from posttrain.compress.solvers.solver import Solver
 from posttrain.compress.transforms.transform import Transform
-from posttrain.compress.walk import Batch
 from posttrain.trajectory import PosttrainError
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from posttrain.compress.calls import Batch, uncalled
 from posttrain.compress.experts import unfuse
 from posttrain.compress.method import Compression
 from posttrain.compress.packed.linear import PackedLinear
 from posttrain.compress.stacks import check_patterns, linears, skipped, stacks, whole_names
-from posttrain.compress.walk import Batch, Block, Walk, uncalled
+from posttrain.compress.walk import Block, Walk
 from posttrain.models.load import few
 from posttrain.trajectory import PosttrainError
 
@@ -38,7 +39,7 @@ class LayerSummary:
 @dataclass(slots=True)
 class Summary:
     """What a compression did. seconds: of the whole; layers: in the order in which they were packed; arguments: of the
-    method; left: layers that stay as they are although none was to be skipped (see `walk.uncalled`).
+    method; left: layers that stay as they are although none was to be skipped (see `calls.uncalled`).
     """
 
     method: str

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.compress import files
+from posttrain.compress.calls import Batch
 from posttrain.compress.method import Compression
 from posttrain.compress.pipeline import Progress, Summary, compress_model
-from posttrain.compress.walk import Batch
 from posttrain.models.causal import CausalPolicy
 from posttrain.trajectory import PosttrainError
 

@@ -13,10 +13,10 @@ from posttrain.compress.activations.percentile import Percentile
 from posttrain.compress.activations.probabilities import Tangent
 from posttrain.compress.activations.quantizer import Activations
 from posttrain.compress.attention_part import AttentionPart
+from posttrain.compress.calls import Batch
 from posttrain.compress.moments import InputMoments
 from posttrain.compress.packed.inputs import from_written, written
 from posttrain.compress.solvers.attention_maps import probabilities
-from posttrain.compress.walk import Batch
 from posttrain.models.attention import attention_configs, implementation
 from posttrain.trajectory import PosttrainError
 

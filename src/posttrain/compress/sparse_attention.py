@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.compress.attention_part import AttentionPart
+from posttrain.compress.calls import Batch
 from posttrain.compress.token_labels import FULL, PACKED, packed, rounded, unpacked
-from posttrain.compress.walk import Batch
 from posttrain.models.attention import attend, attention_configs, implementation
 from posttrain.native import chosen as native
 from posttrain.native import library

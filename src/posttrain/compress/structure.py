@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from posttrain.compress.calls import Call, run
 from posttrain.compress.fold import NormSite, Pair, Parameters, Read, parameters
 from posttrain.compress.moments import InputMoments
-from posttrain.compress.walk import Block, Call, run
+from posttrain.compress.walk import Block
 from posttrain.trajectory import PosttrainError
 
 TOLERANCE, NOISE = 1e-5, 1e-6  # errors allowed, relative to what a block adds, and to what it gives

@@ -8,38 +8,24 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.calls import Batch, Call, Ended, Recalled, captured, run
 from posttrain.compress.experts import holder, routed_inputs, shown_all, together
 from posttrain.compress.moments import InputMoments
 from posttrain.compress.packed.inputs import InputStep, chain
 from posttrain.compress.packed.linear import PackedLinear, TransformedLinear
 from posttrain.compress.packed.weight import PackedWeight
-from posttrain.compress.stacks import Stack, linears, replace_module, stacks, whole_names
+from posttrain.compress.stacks import Stack, linears, replace_module, whole_names
 from posttrain.trajectory import PosttrainError
 
-Batch = dict[str, Any]  # the keyword arguments of one forward pass of the model
 NAMED = 3  # experts that a warning names
-PROBE = 8  # tokens that show which layers a language model calls
-
-
-@dataclass(slots=True)
-class Call:
-    """One call of a block: its hidden states `[rows, tokens, width]`, and what else it is given (masks, positions)."""
-
-    hidden: Tensor
-    arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = field(default_factory=dict)
-
-    def of(self, hidden: Tensor) -> Call:
-        """The same call with other hidden states."""
-        return Call(hidden, self.arguments, self.keywords)
 
 
 class Block:
@@ -65,19 +51,44 @@ class Block:
         self.quantizers: dict[str, InputStep | None] = {}
         self.unreached: dict[str, None] = {}
         self._skip = skip
+        self._recalled: dict[str, Recalled] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """Look at the linear layers anew, after a transform changed the block."""
         found = linears(self.module, self.name, self._skip)
-        self.stages = _stages(self.module, found, self.inputs[0])
+        self.stages, self._once = _stages(self.module, found, self.inputs[0])
         self.phases = together(self.module, self.stages)
         self.linears = {name: found[name] for stage in self.stages for name in stage}
+        self.forget()
 
     @torch.no_grad()
     def outputs(self, calls: Sequence[Call] | None = None, module: nn.Module | None = None) -> list[Tensor]:
         """The block's output hidden states, call by call (its present inputs unless others are given)."""
+        if calls is None and module is None:
+            return [self._run(i, keep=False) for i in range(len(self.inputs))]
         return [run(module or self.module, call) for call in (self.inputs if calls is None else calls)]
+
+    def settle(self) -> None:
+        """Parts of the block whose layers are all packed will not change any more, nor will what they are given, which
+        comes from before the layers that are not: from now on their outputs on the present inputs are remembered.
+        """
+        for part, child in self.module.named_children():
+            own = [name for name in self.linears if name.startswith(f"{part}.")]
+            packed = all(isinstance(self.module.get_submodule(name), PackedLinear) for name in own)
+            if own and packed and part not in self._recalled and self._once.issuperset(own):
+                self._recalled[part] = Recalled(child)
+
+    def forget(self) -> None:
+        """Compute everything anew from now on: something was changed that was settled."""
+        self._recalled.clear()
+
+    def _run(self, index: int, *, keep: bool = True) -> Tensor:
+        """The block's outputs of one of its present inputs."""
+        with ExitStack() as stack:
+            for recalled in self._recalled.values():
+                stack.enter_context(recalled.at(index, keep))
+            return run(self.module, self.inputs[index])
 
     def targets(self) -> list[Tensor]:
         """What the float block gives on the float inputs."""
@@ -103,7 +114,6 @@ class Block:
         weights_at: instead, of the tokens that a layer meets right now (of layers that share an input, the first is
         asked). Experts that no token is sent to are calibrated on all tokens of their layer, and noted as `unreached`.
         """
-        calls = self.inputs if calls is None else calls
         stages = [part for stage in self.stages for part in self._alike([n for n in stage if n in names])]
         heads = {stage[0]: stage for stage in stages if stage}
         made = {n: InputMoments(self.linears[n].in_features, gram=gram, keep=keep, seed=self.seed) for n in heads}
@@ -124,8 +134,12 @@ class Block:
             nonlocal current
             hooks = [self.module.get_submodule(n).register_forward_pre_hook(watch(n)) for n in watched]
             try:
-                for current, call in enumerate(calls):  # noqa: B007
-                    run(self.module, call)
+                for current in range(len(self.inputs if calls is None else calls)):
+                    with self._until(watched):
+                        if calls is None:
+                            self._run(current)
+                        else:
+                            run(self.module, calls[current])
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -136,6 +150,31 @@ class Block:
                 self.unreached |= dict.fromkeys(self._expert(n) for n in unreached)
                 collect(unreached)
         return {name: made[head] for head, stage in heads.items() for name in stage}
+
+    @contextmanager
+    def _until(self, names: Sequence[str]) -> Iterator[None]:
+        """Inside, a call of the block ends with the last of these layers' inputs: what comes after is not wanted.
+
+        Not if one of them was called more or less than once when the block was looked at.
+        """
+        left = set(names)
+
+        def seen(name: str) -> Callable[..., None]:
+            def met(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+                left.discard(name)
+                if not left:
+                    raise Ended
+
+            return met
+
+        watched = names if left <= self._once else []
+        hooks = [self.module.get_submodule(n).register_forward_pre_hook(seen(n)) for n in watched]
+        try:
+            with suppress(Ended):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @property
     def experts(self) -> list[str]:
@@ -158,12 +197,6 @@ class Block:
         made = PackedLinear(weight, linear.bias, chain([*steps, self.quantizers.get(name)]))
         replace_module(self.module, name, made)
         return made
-
-
-def run(module: nn.Module, call: Call) -> Tensor:
-    """A block's output hidden states."""
-    out = module(call.hidden, *call.arguments, **call.keywords)
-    return out[0] if isinstance(out, tuple) else out
 
 
 class Walk:
@@ -221,114 +254,20 @@ class Walk:
             )
 
 
-class _Seen(Exception):
-    """Ends a forward pass once the last block was called."""
-
-
-@torch.no_grad()
-def captured(model: nn.Module, stack: Stack, batches: Sequence[Batch]) -> list[list[Call]]:
-    """`[block][batch]` the calls of every block, with the hidden states of the first and empty ones for the others."""
-    from transformers.cache_utils import Cache
-
-    calls: list[list[Call]] = [[] for _ in stack.blocks]
-
-    def watch(index: int) -> Callable[..., None]:
-        def seen(module: nn.Module, given: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            # a cache that a call fills would be there, full, in the next one
-            keywords = {k: v for k, v in keywords.items() if k != "use_cache" and not isinstance(v, Cache)}
-            first, *rest = given or (keywords.pop("hidden_states"),)
-            rest = [None if isinstance(v, Cache) else v for v in rest]
-            calls[index].append(Call(first if index == 0 else first[:0], tuple(rest), keywords))
-            if index == len(calls) - 1:
-                raise _Seen
-
-        return seen
-
-    hooks = [b.register_forward_pre_hook(watch(i), with_kwargs=True) for i, b in enumerate(stack.blocks)]
-    try:
-        with _deterministic(model):
-            for batch in batches:
-                try:
-                    model(**batch)
-                except _Seen:
-                    continue
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if any(len(found) != len(batches) for found in calls):
-        raise PosttrainError(f"not every block of {stack.name} was called once a batch; its blocks cannot be walked")
-    return calls
-
-
-@torch.no_grad()
-def uncalled(model: nn.Module, batches: Sequence[Batch]) -> list[str]:
-    """Linear layers of a model's blocks, by their whole names, that its forward pass does not call.
-
-    Such a layer cannot be compressed as the others: what its inputs are is not seen, and what is put before it would
-    not be run. Mamba's dt_proj is one, whose mixer multiplies by the weight itself. Experts to which no token was sent
-    do not count (see `experts.shown_all`). Seen on a few tokens of the first batch, on all of it where it is no text.
-    """
-    blocks = dict(named for stack in stacks(model) for named in whole_names(stack))
-    layers = {
-        f"{place}.{name}": layer
-        for place, block in blocks.items()
-        for name, layer in linears(block).items()
-        if holder(block, name) is None
-    }
-    called: set[str] = set()
-    left = set(blocks)
-
-    def watch(name: str) -> Callable[..., None]:
-        return lambda module, given: called.add(name)
-
-    def done(name: str) -> Callable[..., None]:
-        def ran(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-            left.discard(name)
-            if not left:
-                raise _Seen
-
-        return ran
-
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    hooks += [block.register_forward_hook(done(name)) for name, block in blocks.items()]
-    try:
-        with _deterministic(model), suppress(_Seen):
-            for batch in batches[:1]:
-                model(**_probe(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [name for name in layers if name not in called] if batches else []
-
-
-def _probe(batch: Batch) -> Batch:
-    """A few tokens of a batch that is text alone, else the batch."""
-    if not set(batch) <= {"input_ids", "attention_mask", "use_cache"} or "input_ids" not in batch:
-        return batch
-    return {**batch, "input_ids": batch["input_ids"][:1, :PROBE], "attention_mask": None}
-
-
-@contextmanager
-def _deterministic(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def _stages(block: nn.Module, layers: dict[str, nn.Linear], call: Call) -> list[list[str]]:
-    """Names of linear layers, those that share an input tensor together, in the order in which they run.
+def _stages(block: nn.Module, layers: dict[str, nn.Linear], call: Call) -> tuple[list[list[str]], set[str]]:
+    """Names of linear layers, those that share an input tensor together, in the order in which they run; and those that
+    are called once.
 
     A layer that the call does not reach (an expert that no token was sent to) is a stage of its own at the end.
     """
     inputs: dict[int, list[str]] = {}
+    times: Counter[str] = Counter()
     alive: list[Tensor] = []  # so that no two inputs get the same id
 
     def watch(name: str) -> Callable[..., None]:
         def seen(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            if not any(name in names for names in inputs.values()):
+            times[name] += 1
+            if times[name] == 1:
                 alive.append(given[0])
                 inputs.setdefault(id(given[0]), []).append(name)
 
@@ -341,9 +280,8 @@ def _stages(block: nn.Module, layers: dict[str, nn.Linear], call: Call) -> list[
     finally:
         for hook in hooks:
             hook.remove()
-    stages = list(inputs.values())
-    reached = {name for stage in stages for name in stage}
-    return stages + [[name] for name in layers if name not in reached]
+    stages = [*inputs.values(), *([name] for name in layers if not times[name])]
+    return stages, {name for name in layers if times[name] == 1 and holder(block, name) is None}
 
 
 def _rows_apart(call: Call) -> bool:

@@ -18,6 +18,7 @@ from posttrain.compress.allocate.cptquant import BySensitivity, Rule, to_nearest
 from posttrain.compress.allocate.sensitivity import Correlation, Pruning, Score, Taylor, damage, layers
 from posttrain.compress.balanced import SelfBalanced, balance
 from posttrain.compress.calibrate import whole_sequences
+from posttrain.compress.calls import Batch
 from posttrain.compress.experts import unfuse
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.method import Calibrated, Compression
@@ -28,7 +29,6 @@ from posttrain.compress.solvers.q_vlm import JointClipping
 from posttrain.compress.solvers.rtn import RoundToNearest
 from posttrain.compress.solvers.slim import SliM
 from posttrain.compress.stacks import stacks
-from posttrain.compress.walk import Batch
 from posttrain.lab import text
 from posttrain.lab.models import Share, World
 from posttrain.lab.presets import MIXED, MIXED_MOE

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from posttrain.compress.calibrate import Text, Texts, streams, whole_sequences
+from posttrain.compress.calls import Batch
 from posttrain.compress.measure import mean_error
 from posttrain.compress.method import Calibrated, Compression
 from posttrain.compress.policy import CompressedPolicy, compressed_copy
-from posttrain.compress.walk import Batch
 from posttrain.evaluation.perplexity import predict
 from posttrain.lab import text
 from posttrain.lab.models import ModelSpec

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.compress.calibrate import windows
+from posttrain.compress.calls import Batch
 from posttrain.compress.fold import change, parameters
 from posttrain.compress.packed.linear import TransformedLinear
 from posttrain.compress.stacks import Stack, replace_module, stacks
 from posttrain.compress.structure import structure
 from posttrain.compress.transforms.channels import ChannelStep
 from posttrain.compress.transforms.rotation import rotate
-from posttrain.compress.walk import Batch, Walk
+from posttrain.compress.walk import Walk
 from posttrain.models.causal import CausalPolicy
 
 CHANNELS, FACTOR = 4, 30.0

@@ -26,12 +26,12 @@ from posttrain.compress.allocate.sensitivity import (
     mean_loss,
     pruned,
 )
+from posttrain.compress.calls import Batch
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.method import Compression
 from posttrain.compress.pipeline import compress_model
 from posttrain.compress.solvers.rtn import RoundToNearest
 from posttrain.compress.stacks import stacks
-from posttrain.compress.walk import Batch
 from posttrain.trajectory import PosttrainError
 from tiny_models import make_policy, random_tokens
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from posttrain.compress.calls import run
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.packed.levels import LevelsWeight
 from posttrain.compress.packed.uniform import UniformWeight
@@ -12,7 +13,6 @@ from posttrain.compress.solvers.abq import ArbitraryBit, CorrectedRange, attenti
 from posttrain.compress.solvers.attention_maps import probabilities, watched_attention
 from posttrain.compress.solvers.omniquant import ClippedRange, LearnedClipping
 from posttrain.compress.solvers.reconstruct import Known
-from posttrain.compress.walk import run
 from tiny_blocks import GROUP, compressed, packed, text, tiny, walk, weights
 
 

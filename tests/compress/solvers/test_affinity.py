@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.calls import Batch
 from posttrain.compress.experts import Experts, unfuse
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.method import Compression
@@ -16,7 +17,7 @@ from posttrain.compress.pipeline import compress_model
 from posttrain.compress.solvers.affinity import AffinityGPTQ, shared_gates
 from posttrain.compress.solvers.gptq import GPTQ
 from posttrain.compress.stacks import stacks
-from posttrain.compress.walk import Batch, Block, Walk
+from posttrain.compress.walk import Block, Walk
 from tiny_models import SHAPE, make_policy, random_tokens
 
 pytestmark = pytest.mark.limit("moequant")

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from posttrain.compress.activations.dynamic import Dynamic
+from posttrain.compress.calls import run
 from posttrain.compress.fold import parameters
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.solvers.abq import ArbitraryBit
 from posttrain.compress.solvers.omniquant import LearnedClipping
 from posttrain.compress.solvers.reconstruct import Known
 from posttrain.compress.transforms.smooth import SmoothQuant
-from posttrain.compress.walk import Block, run
+from posttrain.compress.walk import Block
 from tiny_blocks import GROUP, compressed, divergence, logits, packed, text, tiny, walk, weights
 
 

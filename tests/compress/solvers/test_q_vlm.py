@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.compress.activations.ranges import ChannelRanges, RangeStep
+from posttrain.compress.calls import Batch
 from posttrain.compress.grids.table import Table
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.method import Compression
@@ -21,7 +22,7 @@ from posttrain.compress.solvers.dependency import Partition, dependency, entropy
 from posttrain.compress.solvers.q_vlm import JointClipping, Search, closest, outputs_of
 from posttrain.compress.solvers.rtn import RoundToNearest, rounded
 from posttrain.compress.stacks import stacks
-from posttrain.compress.walk import Batch, Block, Walk
+from posttrain.compress.walk import Block, Walk
 from posttrain.trajectory import PosttrainError
 from tiny_models import make_policy, random_tokens
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from posttrain.compress.activations.dynamic import Dynamic
+from posttrain.compress.calls import Call, run
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.method import Compression
 from posttrain.compress.pipeline import compress_model
@@ -19,7 +20,7 @@ from posttrain.compress.solvers.omniquant import ClippedRange, LearnedClipping
 from posttrain.compress.solvers.reconstruct import Known, Opened, Reconstruction, Seen, cut, pieces_of
 from posttrain.compress.solvers.rtn import RoundToNearest
 from posttrain.compress.solvers.sapr import PartialRetraining
-from posttrain.compress.walk import Block, Call, run
+from posttrain.compress.walk import Block
 from posttrain.trajectory import PosttrainError
 from tiny_blocks import GROUP, compressed, floats, packed, text, tiny, walk, weights
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from posttrain.compress.calls import Batch
 from posttrain.compress.stacks import Stack
-from posttrain.compress.walk import Batch
 
 
 @dataclass(frozen=True)

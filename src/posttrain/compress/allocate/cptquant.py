@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from posttrain.compress.allocate.allocation import Allocation
 from posttrain.compress.allocate.budget import Priced, in_tiers, within_budget
 from posttrain.compress.allocate.sensitivity import Correlation, Layer, Score, layers
+from posttrain.compress.calls import Batch
 from posttrain.compress.grids.grid import Grid
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.solvers.rtn import rounded
 from posttrain.compress.stacks import Stack
-from posttrain.compress.walk import Batch
 from posttrain.trajectory import PosttrainError
 
 Rule = Literal["budget", "tiers"]

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.calls import Batch
 from posttrain.compress.stacks import Stack, linears, whole_names
-from posttrain.compress.walk import Batch
 from posttrain.trajectory import PosttrainError
 
 Unit = Literal["block", "linear"]

@@ -86,6 +86,7 @@ class DecoupleQ(LayerSolver):
     def solve_block(self, block: Block) -> None:
         super().solve_block(block)
         if self.epochs:
+            block.forget()
             packed = {name: block.module.get_submodule(name).weight for name in block.linears}
             step = BlockStep(
                 epochs=self.epochs, rows=self.rows, targets=("prefix",), rate=self.rate, norms=self.norms, packed=packed

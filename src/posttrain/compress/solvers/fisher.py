@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.calls import Batch
 from posttrain.compress.stacks import Stack
-from posttrain.compress.walk import Batch
 from posttrain.models.causal import CausalPolicy
 from posttrain.objective.logprob import token_statistics
 from posttrain.trajectory import PosttrainError

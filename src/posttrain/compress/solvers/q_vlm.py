@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.compress.activations.ranges import RangeStep
+from posttrain.compress.calls import Call, run
 from posttrain.compress.experts import holder
 from posttrain.compress.grids.grid import Grid
 from posttrain.compress.grids.table import Table
 from posttrain.compress.solvers.dependency import Partition
 from posttrain.compress.solvers.rtn import rounded, with_bits
 from posttrain.compress.solvers.solver import Prepare, Solver, checked
-from posttrain.compress.walk import Block, Call, run
+from posttrain.compress.walk import Block
 from posttrain.trajectory import PosttrainError
 
 Mode = Literal["joint", "released"]

@@ -19,13 +19,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.calls import Call, run
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.solvers.attention_maps import watched_attention
 from posttrain.compress.solvers.learned import SoftLinear, SoftWeight
 from posttrain.compress.solvers.rtn import with_bits
 from posttrain.compress.solvers.solver import Prepare, Solver, checked
 from posttrain.compress.stacks import replace_module
-from posttrain.compress.walk import Block, Call, Walk, run
+from posttrain.compress.walk import Block, Walk
 from posttrain.trajectory import PosttrainError
 
 Target = Literal["float", "prefix"]

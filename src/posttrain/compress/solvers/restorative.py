@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.calls import Batch
 from posttrain.compress.packed.linear import PackedLinear, TransformedLinear
 from posttrain.compress.stacks import replace_module, stacks
-from posttrain.compress.walk import Batch, Walk
+from posttrain.compress.walk import Walk
 from posttrain.trajectory import PosttrainError
 
 

@@ -83,6 +83,7 @@ class LayerSolver(Solver):
             for name in stage:
                 given = (moments.get(name), block.bits.get(name), f"{block.name}.{name}")
                 block.install(name, self.solve_linear(block.linears[name], *given))
+            block.settle()
 
     def solve_linear(
         self, linear: nn.Linear, moments: InputMoments | None, bits: float | None, name: str

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from posttrain.compress.calls import Batch
 from posttrain.compress.fold import NormSite, Parameters, Read, along
 from posttrain.compress.stacks import Stack
 from posttrain.compress.structure import Bench, gain_offset
-from posttrain.compress.walk import Batch, Block
+from posttrain.compress.walk import Block
 from posttrain.trajectory import PosttrainError
 
 TOLERANCE, NOISE = 1e-4, 1e-6  # errors allowed, relative to what a block adds, and to what it gives

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from posttrain.compress.calls import Batch, captured
 from posttrain.compress.fold import change, parameters
 from posttrain.compress.stacks import Stack, stacks
 from posttrain.compress.transforms import hadamard
 from posttrain.compress.transforms.residual import Ends, residual, turned
 from posttrain.compress.transforms.transform import Transform
-from posttrain.compress.walk import Batch, Walk, captured
+from posttrain.compress.walk import Walk
 from posttrain.trajectory import PosttrainError
 
 Kind = Literal["hadamard", "orthogonal"]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from posttrain.compress.calls import Call, run
 from posttrain.compress.fold import Parameters
 from posttrain.compress.grids.grid import Grid
-from posttrain.compress.walk import Block, Call, run
+from posttrain.compress.walk import Block
 
 
 class Part:
