@@ -156,7 +156,7 @@ def _form(output: Any) -> Form:
     return len(output) if plain else None
 
 
-def _hand_on(form: int, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+def _hand_on(form: Form, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
     return (hidden_states, *[None] * (form - 1)) if form else hidden_states
 
 
