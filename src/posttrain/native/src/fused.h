@@ -34,7 +34,7 @@ typedef uint16_t lanes __attribute__((vector_size(32)));
   __builtin_shuffle(a, b, (lanes){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
 #endif
 #define LINE 64           /* bytes that memory is read by */
-#define AHEAD 16          /* rows that are asked for before they are wanted, where they do not follow each other */
+#define AHEAD 8           /* rows that are asked for before they are wanted, where they do not follow each other */
 #define HEADS 4           /* query heads that share a reading of the keys */
 #define TRANSPOSE_BAND 64 /* columns that a thread transposes at a time: what it writes stays in its cache */
 
