@@ -100,8 +100,8 @@ def test_in_bf16_they_are_nearer_to_the_truth(tied: bool, monkeypatch: pytest.Mo
         limit = 1.01 * relative(before[name], exact[name])  # most of it is the forward pass in bf16
         assert relative(found[name], exact[name]) <= limit, name
         if name != TABLE and name != "lm_head.weight":
-            # the same products; a processor without bf16 may add them up in another order
-            assert relative(found[name], before[name]) <= 1e-7, name
+            # the same products; without bf16 in hardware their sums may end in another bit, a few of which round elsewhere
+            assert relative(found[name], before[name]) <= 2**-10, name
 
 
 @native
