@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
+from native_levels import each_level
 from torch import Tensor
 
 from posttrain.compress.sparse_attention import ChosenTokens
 from posttrain.compress.token_labels import FULL, PACKED, rounded
-from posttrain.native import chosen, library
+from posttrain.native import chosen
 
-pytestmark = pytest.mark.skipif(library.library() is None, reason="posttrain was built without its C functions")
+__all__ = ["each_level"]
+pytestmark = pytest.mark.usefixtures("each_level")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-@pytest.fixture(params=library.LEVELS, autouse=True)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    found = library.library()
-    assert found is not None
-    if library.LEVELS.index(request.param) > int(found.posttrain_fused_level()):
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(library, "level", functools.cache(lambda: request.param))
-    return str(request.param)
 
 
 def made(choice: ChosenTokens, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float = 0.3) -> Tensor:
