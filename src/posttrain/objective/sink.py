@@ -58,7 +58,7 @@ class GradientSink:
 
 
 def transposed_product(left: Tensor, right: Tensor) -> Tensor:
-    """`left.T @ right`. Where oneDNN multiplies in bf16 on this CPU, a product is up to twice as fast with a first factor
+    """`left.T @ right`. Where oneDNN multiplies in bf16 on this CPU, a product is up to twice as fast with a factor
     that is laid out as it is read, so much that a transposed copy pays; on others PyTorch's own product is many times
     slower with such a factor.
     """
