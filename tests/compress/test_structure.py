@@ -181,3 +181,28 @@ def test_what_is_no_gain() -> None:
 
     torch.nn.init.uniform_((odd := Squared(6)).weight, 0.5, 2.0)
     assert gain_offset(odd, x, odd(x)) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "mixtral"])
+def test_what_norms_give_is_seen_without_what_comes_after_them(name: str) -> None:
+    block = first_block(name)
+    norms = [site.norm for site in structure(block).norms]
+    given: dict[str, list[torch.Tensor]] = {norm: [] for norm in norms}
+    ran = 0
+
+    def count(*_: object) -> None:
+        nonlocal ran
+        ran += 1
+
+    for norm in norms:
+        watch = lambda module, inputs, output, norm=norm: given[norm].append(output)  # noqa: E731
+        block.module.get_submodule(norm).register_forward_hook(watch)
+    block.module.register_forward_hook(count)
+    block.outputs()
+    every, whole = {norm: torch.cat(seen) for norm, seen in given.items()}, ran
+    found = norm_outputs(block, norms)
+    for norm, outputs in every.items():
+        flat = outputs.reshape(-1, outputs.shape[-1])
+        assert torch.equal(found[norm].absmax, flat.abs().amax(0))
+        assert found[norm].count == len(flat)
+    assert ran - whole == 1  # the first call shows that each norm is called once; the second ends with the last norm

@@ -93,6 +93,15 @@ def test_without_the_float_model_there_are_no_targets() -> None:
         next(iter(walk)).targets()
 
 
+def test_blocks_are_kept_without_the_float_models_hidden_states() -> None:
+    _, _, walk = llama(keeps_float=True, float_inputs=False)
+    for block in walk:
+        assert block.before is not None
+        assert block.float_inputs is None
+        with pytest.raises(ValueError, match="float_inputs"):
+            block.targets()
+
+
 @pytest.mark.parametrize(
     ("name", "stages"),
     [

@@ -153,7 +153,10 @@ def _compress(
         progress(count, total)
 
     for stack in found:
-        walk = Walk(model, stack, batches, keeps_float=method.solver.keeps_float, skip=skip, bits=bits, seed=seed)
+        keeps, follows = method.solver.keeps_float, method.solver.float_inputs
+        walk = Walk(
+            model, stack, batches, keeps_float=keeps, float_inputs=follows, skip=skip, bits=bits, seed=seed
+        )  # fmt: skip
         originals: dict[str, torch.Tensor] = {}
 
         def prepare(block: Block, originals: dict[str, torch.Tensor] = originals) -> None:

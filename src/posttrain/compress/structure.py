@@ -11,6 +11,7 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from posttrain.compress.calls import Call, run
+from posttrain.compress.calls import Call, Ended, run
 from posttrain.compress.fold import NormSite, Pair, Parameters, Read, parameters
 from posttrain.compress.moments import InputMoments
 from posttrain.compress.walk import Block
@@ -73,12 +74,25 @@ def norm_outputs(block: Block, norms: Sequence[str], *, keep: int = 0) -> dict[s
     widths = {name: len(block.module.get_parameter(f"{name}.weight")) for name in norms}
     made = {name: InputMoments(widths[name], gram=False, keep=keep, seed=block.seed) for name in norms}
 
+    seen: list[str] = []  # in the present call
+    once = False  # whether each was called once in the first call, so that later ones may end with the last of them
+
     def watch(name: str) -> Callable[..., None]:
-        return lambda module, given, output: made[name].add(output)
+        def gave(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+            made[name].add(output)
+            seen.append(name)
+            if once and len(seen) == len(norms):
+                raise Ended
+
+        return gave
 
     hooks = [block.module.get_submodule(name).register_forward_hook(watch(name)) for name in norms]
     try:
-        block.outputs()
+        for call in block.inputs:
+            seen.clear()
+            with suppress(Ended):
+                run(block.module, call)
+            once = sorted(seen) == sorted(norms)
     finally:
         for hook in hooks:
             hook.remove()

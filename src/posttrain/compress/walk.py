@@ -42,12 +42,11 @@ class Block:
     """
 
     def __init__(
-        self, index: int, name: str, module: nn.Module, inputs: list[Call], float_inputs: list[Call] | None,
-        skip: Sequence[str], bits: dict[str, float], seed: int,
+        self, index: int, name: str, module: nn.Module, inputs: list[Call], before: nn.Module | None,
+        float_inputs: list[Call] | None, skip: Sequence[str], bits: dict[str, float], seed: int,
     ) -> None:  # fmt: skip
         self.index, self.name, self.module, self.seed = index, name, module, seed
-        self.inputs, self.float_inputs, self.bits = inputs, float_inputs, bits
-        self.before = copy.deepcopy(module) if float_inputs is not None else None
+        self.inputs, self.before, self.float_inputs, self.bits = inputs, before, float_inputs, bits
         self.quantizers: dict[str, InputStep | None] = {}
         self.unreached: dict[str, None] = {}
         self._skip = skip
@@ -93,7 +92,7 @@ class Block:
     def targets(self) -> list[Tensor]:
         """What the float block gives on the float inputs."""
         if self.before is None or self.float_inputs is None:
-            raise ValueError("the walk does not keep the float model; the solver must say keeps_float")
+            raise ValueError("the walk does not follow the float model; the solver must say keeps_float, float_inputs")
         return self.outputs(self.float_inputs, self.before)
 
     @torch.no_grad()
@@ -202,8 +201,9 @@ class Block:
 class Walk:
     """The blocks of a stack, in order, each with its inputs.
 
-    batches: calibration, the keyword arguments of a forward pass of the model each. keeps_float: also carry the float
-    model's hidden states along. bits: of layers by their whole name in the model, where they differ from the grid's.
+    batches: calibration, the keyword arguments of a forward pass of the model each. keeps_float: keep a copy of each
+    block as it was, and, unless float_inputs is off, carry the float model's hidden states along. bits: of layers by
+    their whole name in the model, where they differ from the grid's.
     """
 
     def __init__(
@@ -213,6 +213,7 @@ class Walk:
         batches: Sequence[Batch],
         *,
         keeps_float: bool = False,
+        float_inputs: bool = True,
         skip: Sequence[str] = (),
         bits: dict[str, float] | None = None,
         seed: int = 0,
@@ -221,7 +222,7 @@ class Walk:
             raise PosttrainError("calibration is empty; expected at least one sequence of text")
         self.model, self.stack, self.skip, self.bits, self.seed = model, stack, skip, bits or {}, seed
         self.batches = batches
-        self.keeps_float = keeps_float
+        self.keeps_float, self.float_inputs = keeps_float, keeps_float and float_inputs
         self._calls = captured(model, stack, batches)  # [block][batch]: hidden states of the first block alone
 
     def __len__(self) -> int:
@@ -229,21 +230,23 @@ class Walk:
 
     def __iter__(self) -> Iterator[Block]:
         hidden = [call.hidden for call in self._calls[0]]
-        plain = list(hidden) if self.keeps_float else None
+        plain = list(hidden) if self.float_inputs else None
         experts: list[str] = []
         unreached: list[str] = []
         for index, (name, module) in enumerate(whole_names(self.stack)):
             calls = self._calls[index]
             inputs = [call.of(h) for call, h in zip(calls, hidden, strict=True)]
-            before = None if plain is None else [call.of(h) for call, h in zip(calls, plain, strict=True)]
+            known = None if plain is None else [call.of(h) for call, h in zip(calls, plain, strict=True)]
+            before = copy.deepcopy(module) if self.keeps_float else None
             bits = {n.removeprefix(f"{name}."): b for n, b in self.bits.items() if n.startswith(f"{name}.")}
-            block = Block(index, name, module, inputs, before, self.skip, bits, self.seed)
+            block = Block(index, name, module, inputs, before, known, self.skip, bits, self.seed)
             experts += block.experts
             yield block
             unreached += block.unreached
-            hidden = block.outputs()
-            if plain is not None:
-                plain = block.targets()
+            if index + 1 < len(self):
+                hidden = block.outputs()
+                if plain is not None:
+                    plain = block.targets()
             self._calls[index] = []  # its masks and inputs are no longer needed
         if unreached:  # once for the whole walk: a mixture and a short text would fill the screen
             named = ", ".join([*unreached[:NAMED], *(["..."] if len(unreached) > NAMED else [])])

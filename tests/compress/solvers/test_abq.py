@@ -84,6 +84,48 @@ def test_probabilities_by_hand() -> None:
     torch.testing.assert_close(found[0, 0, 1], torch.tensor([0.0, 1.0]))
 
 
+@pytest.mark.parametrize("masked", ["no", "bool", "added"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradients_of_watched_attention_are_those_of_its_definition(masked: str, softcap: float | None) -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 6, 8), (2, 2, 6, 8), (2, 2, 6, 8))
+    query, key, value = (torch.randn(shape, generator=draw).requires_grad_() for shape in shapes)
+    seen = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    seen[1, ..., 0] = False
+    seen[1, :, 0, 0] = True
+    if masked == "no":
+        seen[1] = seen[0]
+    lowest = torch.finfo(torch.float32).min
+    mask = {"no": None, "bool": seen, "added": torch.zeros(seen.shape).masked_fill(~seen, lowest)}[masked]
+
+    keys, values = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
+    scores = query @ keys.transpose(-1, -2) * 0.3
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    wanted = (weights @ values).transpose(1, 2), weights.mean(1)
+
+    attend = torch.nn.Module()
+    attend.config = type("Config", (), {"_attn_implementation": "eager"})()
+    with watched_attention([attend]) as maps:
+        from transformers import AttentionInterface
+
+        chosen = AttentionInterface()[attend.config._attn_implementation]
+        found = chosen(attend, query, key, value, mask, scaling=0.3, softcap=softcap)[0], *maps
+    factors = [torch.randn(out.shape, generator=draw) for out in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    for parts in ((True, True), (True, False), (False, True)):  # what flows back through one of them alone, too
+        grads = [
+            torch.autograd.grad(
+                sum((o * f).sum() for o, f, p in zip(outs, factors, parts, strict=True) if p),
+                (query, key, *([value] if parts[0] else [])), retain_graph=True,
+            )
+            for outs in (found, wanted)
+        ]  # fmt: skip
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other)
+
+
 def test_the_correction_is_rounded_with_the_weight() -> None:
     torch.manual_seed(0)
     weight = torch.randn(4, 32)

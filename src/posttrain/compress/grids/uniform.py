@@ -31,12 +31,18 @@ class UniformLevels(Levels):
     float_zero: bool = False
 
     def nearest(self, weight: Tensor) -> Tensor:
-        codes = (
-            torch.round((weight - self.zero) / self.scale)
-            if self.float_zero
-            else torch.round(weight / self.scale) + self.zero
-        )
-        return codes.clamp_(0, self.top).to(torch.int64)
+        return self._nearest(weight).to(torch.int64)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        return self.values(self._nearest(weight))  # without integers, which take longer than all else here
+
+    def _nearest(self, weight: Tensor) -> Tensor:
+        """Codes as floats."""
+        if self.float_zero:
+            codes = (weight - self.zero).div_(self.scale).round_()
+        else:
+            codes = (weight / self.scale).round_().add_(self.zero)
+        return codes.clamp_(0, self.top)
 
     def values(self, codes: Tensor) -> Tensor:
         return codes * self.scale + self.zero if self.float_zero else (codes - self.zero) * self.scale

@@ -14,6 +14,7 @@ from posttrain.compress.packed.uniform import UniformWeight
 from posttrain.compress.packed.weight import PackedWeight
 from posttrain.compress.solvers.fisher import output_fisher
 from posttrain.compress.solvers.gptq import prepared
+from posttrain.compress.solvers.hard_rounding import HIGH, LOW, hard_rounded
 from posttrain.compress.solvers.learned import (
     SoftWeight,
     fake_quantized,
@@ -26,8 +27,6 @@ from posttrain.compress.solvers.rtn import with_bits
 from posttrain.compress.solvers.solver import LayerSolver
 from posttrain.compress.walk import Block, Walk
 from posttrain.trajectory import PosttrainError
-
-HIGH, LOW = 1.1, -0.1  # ζ and ν: a sigmoid stretched, so that 0 and 1 are reached
 
 
 def stretched(logits: Tensor) -> Tensor:
@@ -119,6 +118,11 @@ class LearnedRounding(SoftWeight):
 
     def forward(self) -> Tensor:
         scale = self.scale()
+        if self.hard and not self.committed and not self.commitment.weight:  # nobody asks for the soft rounding
+            logits = self.up @ self.down if self.rank else self.logits
+            return hard_rounded(
+                self.weight, scale, self.zero, logits, self.top, float_zero=self.kind == "float", added=self.rank > 0
+            )
         soft, taken = self.rounding(scale)
         self.soft_now = soft
         return fake_quantized(self.weight, scale, self.zero, self.top, float_zero=self.kind == "float", delta=taken)

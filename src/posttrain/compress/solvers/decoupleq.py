@@ -67,6 +67,10 @@ class DecoupleQ(LayerSolver):
     def keeps_float(self) -> bool:
         return self.epochs > 0
 
+    @property
+    def float_inputs(self) -> bool:
+        return False
+
     def check(self, shape: tuple[int, int], name: str) -> None:
         Uniform(self.bits, self.group).width(shape[1], name)
 

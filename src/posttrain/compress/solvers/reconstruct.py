@@ -133,6 +133,10 @@ class Reconstruction(Solver):
     def keeps_float(self) -> bool:
         return True
 
+    @property
+    def float_inputs(self) -> bool:
+        return "float" in self.targets
+
     def check(self, shape: tuple[int, int], name: str) -> None:
         self.grid.width(shape[1], name)
 

@@ -21,13 +21,17 @@ Prepare = Callable[[Block], None]
 class Solver(ABC):
     """Gives every linear layer of a model its packed weight.
 
-    Subclasses say with class attributes what they need: `keeps_float`, whether the walk carries the float model's
-    hidden states and blocks along (for `Block.targets`).
+    Subclasses say what they need of the float model: `keeps_float`, a copy of each block (`Block.before`), and with it
+    `float_inputs`, its hidden states, for which each block is computed once more (for `Block.targets`).
     """
 
     @property
     def keeps_float(self) -> bool:
         return False
+
+    @property
+    def float_inputs(self) -> bool:
+        return self.keeps_float
 
     def check(self, shape: tuple[int, int], name: str) -> None:  # noqa: B027 (some pack any shape)
         """PosttrainError where a layer of that shape (out, in) cannot be packed; asked before any work is done."""
