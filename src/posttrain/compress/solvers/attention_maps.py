@@ -48,8 +48,9 @@ def watched_attention(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 class _Attended(torch.autograd.Function):
-    """`softmax(scores) values`, `[rows, heads, queries, width]`, and the probabilities' mean over heads. On the way back
-    the gradients of both are added in one tensor, where autograd would write each anew.
+    """`softmax(scores) values`, `[rows, heads, queries, width]`, and the mean of the probabilities over heads.
+
+    On the way back the gradients of both are added in one tensor, where autograd would write each anew.
     """
 
     @staticmethod
