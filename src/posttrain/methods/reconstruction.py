@@ -16,7 +16,7 @@ from typing import Literal
 
 from posttrain.compress.activations.dynamic import Dynamic
 from posttrain.compress.grids.uniform import Uniform, Zero
-from posttrain.compress.method import Compression
+from posttrain.compress.method import Calibrated, Compression
 from posttrain.compress.solvers.abq import ArbitraryBit
 from posttrain.compress.solvers.adaround import AdaRound, BlockRounding, Commitment
 from posttrain.compress.solvers.cbq import CrossBlock
@@ -197,7 +197,8 @@ def cbq(
 
     What the paper leaves open is decided so: the fraction is part of V, and follows the step as it is learned; a
     low-rank V cannot commit each rounding, so training rounds as what will be stored does, with the soft rounding's
-    gradient. The paper has 3 epochs, each of 128 sequences of 2,048 tokens.
+    gradient. The paper has 3 epochs, each of 128 sequences of 2,048 tokens; sequences are half as long as those of most
+    other methods here, since every block is trained twice.
 
     Args:
         bits: b. group: g, columns of a row that share a scale; 0 for the whole row (the paper's).
@@ -225,7 +226,7 @@ def cbq(
         truncate=truncate,
     )
     made = _compression("cbq", solver, activation_bits)
-    return made.replace(transforms=(OutlierScaling(),) if scale else ())
+    return made.replace(transforms=(OutlierScaling(),) if scale else (), calibration=Calibrated(length=256))
 
 
 @method(family="quantization", card="151", name="abq-llm")
