@@ -31,6 +31,7 @@ from posttrain.compress.rounded_attention import AttentionRounding
 from posttrain.compress.sparse_attention import ChosenTokens, heed
 from posttrain.compress.stacks import replace_module
 from posttrain.models.mixers import Mixer, take_apart
+from posttrain.models.saving import open_as_the_rest
 from posttrain.training.checkpoint import sync
 from posttrain.trajectory import PosttrainError
 
@@ -215,6 +216,7 @@ def write_model(policy: CausalPolicy, folder: Path, config: dict[str, Any], stat
     model: Any = policy.base
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
+    open_as_the_rest(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,13 @@ def save_model(model: Any, folder: str | Path) -> None:
                 model.save_pretrained(folder, safe_serialization=True)
             finally:
                 generation.do_sample = before
+    open_as_the_rest(Path(folder))
+
+
+def open_as_the_rest(folder: Path) -> None:
+    """Let who may read a folder's configuration read its weights: safetensors writes files for their owner alone."""
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", weights)
 
 
 @contextmanager
