@@ -186,6 +186,7 @@ def test_without_a_chat_template_lines_stand_for_themselves(
         (["--temperature", "-1"], "sampling: temperature is -1.0; expected a number from 0 to any"),
         (["--top-p", "0"], "sampling: top_p is 0.0; expected a number from 0 to 1"),
         (["--max-tokens", "0"], "sampling: max_tokens is 0; expected a number from 1 to any"),
+        (["--seed", "-1"], "--seed is -1; expected a whole number from 0 to 4294967295"),
     ],
 )
 def test_mistakes(

@@ -106,6 +106,7 @@ def test_in_words(paired: Paired, words: str) -> None:
         (["--max-tokens", "0"], "sampling: max_tokens is 0; expected a number from 1 to any"),
         (["--temperature", "-1"], "sampling: temperature is -1.0; expected a number from 0 to any"),
         (["--samples", "2", "--temperature", "0"], "evaluate: 2 samples at temperature 0 are all the same"),
+        (["--seed", "-1"], "--seed is -1; expected a whole number from 0 to 4294967295"),
         (["--against", "absent.json"], "--against absent.json: cannot be read: "),
         (["--against", "broken.json"], "--against broken.json: no evaluation written by to_json: "),
     ],

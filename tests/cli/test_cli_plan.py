@@ -56,6 +56,7 @@ def test_as_json(capsys: pytest.CaptureFixture[str], config: Path) -> None:
         (("--model", "x", "--method", "sft", "--page", "p.html"), "--page is for simulations"),
         (("--model", "x", "--method", "sft", "--set", "grup=3"), "unknown setting 'grup'"),
         (("--simulate",), "update_seconds is missing"),
+        (("--simulate", "--seed", "9" * 23), f"--seed is {'9' * 23}; expected a whole number from 0"),
         (("--simulate", "--workers", "1,many"), "--workers '1,many'"),
         (("--simulate", "--times", "/nowhere.json"), "cannot read /nowhere.json"),
     ],

@@ -33,8 +33,10 @@ def chat(
     import torch
 
     from posttrain.models.load import load
+    from posttrain.training.values import checked_seed
     from posttrain.trajectory import PosttrainError, Sampling
 
+    checked_seed(seed, "--seed")
     sampling = Sampling(max_tokens, temperature, top_p=top_p)
     talk = _Talk(load(model), sampling, system)
     if system and not talk.chats:

@@ -55,8 +55,10 @@ def evaluate(
     """
     from posttrain.evaluation.evaluation import compare
     from posttrain.evaluation.tasks import task_from
+    from posttrain.training.values import checked_seed
     from posttrain.trajectory import PosttrainError
 
+    checked_seed(seed, "--seed")
     if decoding:
         from posttrain.cli.decoding import evaluate_decoding
 

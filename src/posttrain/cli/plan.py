@@ -72,6 +72,9 @@ def plan(
     throughput against the number of rollout workers, the staleness bound and the spread of completion lengths, from
     measured times.
     """
+    from posttrain.training.values import checked_seed
+
+    checked_seed(seed, "--seed")
     if simulate:
         told = {
             "update_seconds": update_seconds, "token_seconds": token_seconds, "tokens": tokens,
