@@ -16,10 +16,11 @@ from posttrain.models.causal import CausalPolicy
 @pytest.mark.parametrize("packed", [False, True])
 def test_weights_are_as_readable_as_the_configuration(tmp_path: Path, umask: int, packed: bool) -> None:
     policy = CausalPolicy(make_model(0), make_tokenizer(), "tiny")
-    small = quantize(policy, methods.rtn(bits=4, group=8), ["some text to look at"] * 8, show=False) if packed else policy
+    if packed:
+        policy = quantize(policy, methods.rtn(bits=4, group=8), ["some text to look at"] * 8, show=False)
     before = os.umask(umask)
     try:
-        folder = small.save(tmp_path / "saved")
+        folder = policy.save(tmp_path / "saved")
     finally:
         os.umask(before)
     modes = {file.stat().st_mode & 0o777 for file in folder.iterdir()}
