@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.moments import InputMoments
@@ -14,7 +15,6 @@ from posttrain.compress.packed.uniform import UniformWeight
 from posttrain.compress.packed.weight import PackedWeight
 from posttrain.compress.solvers.fisher import output_fisher
 from posttrain.compress.solvers.gptq import prepared
-from posttrain.compress.solvers.hard_rounding import HIGH, LOW, hard_rounded
 from posttrain.compress.solvers.learned import (
     SoftWeight,
     fake_quantized,
@@ -28,6 +28,8 @@ from posttrain.compress.solvers.solver import LayerSolver
 from posttrain.compress.walk import Block, Walk
 from posttrain.trajectory import PosttrainError
 
+HIGH, LOW = 1.1, -0.1  # ζ and ν: a sigmoid stretched, so that 0 and 1 are reached
+
 
 def stretched(logits: Tensor) -> Tensor:
     """h(V) = clip(1.2 σ(V) - 0.1, 0, 1)."""
@@ -37,6 +39,24 @@ def stretched(logits: Tensor) -> Tensor:
 def logits_of(share: Tensor) -> Tensor:
     """V with h(V) = share, for shares in [0, 1]."""
     return torch.logit((share - LOW) / (HIGH - LOW))
+
+
+class _Step(torch.autograd.Function):
+    """[V >= 0] with the gradient of h(V), where nobody asks for h(V) itself."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return (logits >= 0).to(logits.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        share = torch.sigmoid(logits)
+        soft = share * (HIGH - LOW) + LOW
+        slope = share.addcmul_(share, share, value=-1.0).mul_((soft >= 0) & (soft <= 1))
+        return slope.mul_(grad).mul_(HIGH - LOW)
 
 
 @dataclass(frozen=True)
@@ -118,13 +138,10 @@ class LearnedRounding(SoftWeight):
 
     def forward(self) -> Tensor:
         scale = self.scale()
-        if self.hard and not self.committed and not self.commitment.weight:  # nobody asks for the soft rounding
-            logits = self.up @ self.down if self.rank else self.logits
-            return hard_rounded(
-                self.weight, scale, self.zero, logits, self.top, float_zero=self.kind == "float", added=self.rank > 0
-            )
-        soft, taken = self.rounding(scale)
-        self.soft_now = soft
+        if self.hard and not self.committed and not self.commitment.weight:
+            taken = _Step.apply(self._logits(scale))
+        else:
+            self.soft_now, taken = self.rounding(scale)
         return fake_quantized(self.weight, scale, self.zero, self.top, float_zero=self.kind == "float", delta=taken)
 
     def penalty(self, progress: float) -> Tensor | None:
