@@ -16,7 +16,8 @@ from posttrain import methods
 from posttrain.models.causal import CausalPolicy
 from posttrain.recipe import parse_recipe
 from posttrain.reward.pooled import PooledReward
-from posttrain.reward.reward import Answer, reward_from
+from posttrain.reward.reward import reward_from
+from posttrain.reward.scorers import Answer
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.rollout.pool.cluster import Cluster
 from posttrain.rollout.pool.engine import PooledEngine, pieces_of

@@ -17,7 +17,8 @@ import torch
 
 from posttrain import methods
 from posttrain.reward.isolation import Isolated, Limits, Sandbox, limits_from
-from posttrain.reward.reward import Answer, Reward, reward_from
+from posttrain.reward.reward import Reward, reward_from
+from posttrain.reward.scorers import Answer
 from posttrain.trajectory import PosttrainError, Prompt
 from tiny_training import online, same, weights
 
@@ -46,6 +47,14 @@ def sandbox(reward: Reward) -> Sandbox:
 def reward() -> Iterator[Reward]:
     """One for all tests: its warden starts once. Every test counts afresh."""
     made = isolated()
+    yield made
+    sandbox(made).close()
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[Reward]:
+    """For calls that take their time on a busy machine."""
+    made = isolated(timeout=120.0)
     yield made
     sandbox(made).close()
 
@@ -101,13 +110,13 @@ def test_many_faults_at_once(reward: Reward) -> None:
     assert dict(counted.faults["obey"]) == {"crash": 2, "timeout": 2, "memory": 2}
 
 
-def test_memory_within_the_limit_is_free_to_use(reward: Reward) -> None:
-    assert totals(reward.afresh(), f"eat {MEMORY // 2}") == [MEMORY // 2]
+def test_memory_within_the_limit_is_free_to_use(patient: Reward) -> None:
+    assert totals(patient.afresh(), f"eat {MEMORY // 2}") == [MEMORY // 2]
 
 
-def test_what_earlier_calls_left_behind_is_not_blamed_on_the_next(reward: Reward) -> None:
+def test_what_earlier_calls_left_behind_is_not_blamed_on_the_next(patient: Reward) -> None:
     """Each call leaks a third of the limit: no call fails, as a fresh worker tries it again."""
-    counted = reward.afresh()
+    counted = patient.afresh()
     text = f"leak {MEMORY // 3}"
     assert totals(counted, *[text] * 12) == [len(text)] * 12
     assert counted.errors == {"obey": 0}

@@ -14,7 +14,8 @@ import torch
 
 from posttrain.models.adapters import add_lora
 from posttrain.reward.pooled import PooledReward, RewardWorker
-from posttrain.reward.reward import Answer, Reward, reward_from
+from posttrain.reward.reward import Reward, reward_from
+from posttrain.reward.scorers import Answer
 from posttrain.rollout.engine_choice import engine_for
 from posttrain.rollout.pool.actor import RolloutWorker, pack, unpack
 from posttrain.rollout.pool.cluster import Cluster, joined

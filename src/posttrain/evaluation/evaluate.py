@@ -14,7 +14,7 @@ from posttrain.evaluation.choices import METRICS, Likelihood, choose, option_sco
 from posttrain.evaluation.evaluation import Evaluation
 from posttrain.evaluation.task import Task
 from posttrain.processes import here
-from posttrain.reward.reward import Answer
+from posttrain.reward.scorers import Answer
 from posttrain.rollout.engine import Engine, Progress
 from posttrain.rollout.rollout import rollout
 from posttrain.trajectory import Completion, PosttrainError, Prompt, Sampling, Trajectory

@@ -22,7 +22,7 @@ from typing import Any
 
 from posttrain.reward.fault import Fault
 from posttrain.reward.names import unknown
-from posttrain.reward.reward import Answer, Scorer
+from posttrain.reward.scorers import Answer, Scorer
 from posttrain.trajectory import Finish, PosttrainError, Prompt
 
 PIECE = 16  # calls that a worker is given at a time: few enough to share out, enough to make quick ones cheap

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from posttrain.reward.fault import Fault
-from posttrain.reward.reward import Answer, Reward, answers_of
+from posttrain.reward.reward import Reward, answers_of
+from posttrain.reward.scorers import Answer
 from posttrain.rollout.pool.cluster import ray_package
 from posttrain.rollout.pool.workers import Workers
 from posttrain.trajectory import Group

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import copy
-import functools
-import importlib
-import importlib.util
-import inspect
 import math
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from posttrain.reward.catalogue import VERIFIERS
 from posttrain.reward.fault import Fault, FaultKind
-from posttrain.reward.names import unknown
+from posttrain.reward.isolation import Sandbox, limits_from
+from posttrain.reward.scorers import Answer, Scorer, evaluate, finite_number, keywords_of, scorer_from
 from posttrain.reward.seeding import seed_by_call
 from posttrain.trajectory import Finish, Group, PosttrainError, Prompt
-
-if TYPE_CHECKING:
-    from posttrain.reward.isolation import Sandbox
-
-Scorer = Callable[..., float]  # a `verifiers.Verifier`, or any callable that takes (completion, prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +27,6 @@ class Score:
     total: float
     parts: dict[str, float]
     errors: dict[str, str] = field(default_factory=dict)
-
-
-class Answer(NamedTuple):
-    """One completion to score. tokens: its length, end token included; finish: why it ended."""
-
-    prompt: Prompt
-    completion: str
-    tokens: int
-    finish: Finish
 
 
 class Reward:
@@ -65,7 +45,7 @@ class Reward:
         self.components = dict(components)
         self.on_error = _finite(on_error, "reward: on_error")
         self.weights = {name: _finite(weight, f"reward {name}: weight") for name, (_, weight) in components.items()}
-        self._keywords = {name: _keywords(name, function) for name, (function, _) in components.items()}
+        self._keywords = {name: keywords_of(name, function) for name, (function, _) in components.items()}
         self.faults: dict[str, Counter[FaultKind]] = {name: Counter() for name in components}
         self.first_error: str | None = None
 
@@ -159,15 +139,6 @@ def answers_of(groups: Iterable[Group]) -> list[Answer]:
     return answers
 
 
-def evaluate(function: Scorer, answer: Answer, keywords: Sequence[str]) -> float | Fault:
-    """Call a component; what it raises, or returns in place of a finite number, is a fault."""
-    offered = {"tokens": answer.tokens, "finish": answer.finish}
-    try:
-        return _number(function(answer.completion, answer.prompt, **{k: offered[k] for k in keywords}))
-    except Exception as error:
-        return Fault.of(error)
-
-
 def reward_from(spec: Any) -> Reward:
     """Build a reward from what a recipe or a caller may write.
 
@@ -198,15 +169,13 @@ def reward_from(spec: Any) -> Reward:
         source, arguments, weight = _component(str(key), value)
         scorer = source if callable(source) else scorer_from(source, arguments)
         if sandbox is not None:
-            scorer = sandbox.admit(name, source, arguments, _keywords(name, scorer))
+            scorer = sandbox.admit(name, source, arguments, keywords_of(name, scorer))
         components[name] = (scorer, weight)
     return Reward(components, on_error=spec.get("on_error", 0.0))
 
 
 def _sandbox(isolate: Any) -> Sandbox | None:
     """Where components are called when they are isolated."""
-    from posttrain.reward.isolation import Sandbox, limits_from
-
     limits = limits_from(isolate)
     return None if limits is None else Sandbox(limits)
 
@@ -223,95 +192,13 @@ def _component(key: str, value: Any) -> tuple[str | Scorer, dict[str, Any], floa
     return key, {}, 1.0 if value is None else value
 
 
-def scorer_from(name: str, arguments: dict[str, Any]) -> Scorer:
-    """The verifier called `name` with its arguments, or what an import path leads to."""
-    if name in VERIFIERS:
-        return _construct(name, VERIFIERS[name], arguments)
-    if ":" not in name:
-        raise unknown("verifier", name, VERIFIERS, where="; your own: package.module:function")
-    target = _import(name)
-    if inspect.isclass(target):
-        return _construct(name, target, arguments)
-    if not callable(target):
-        raise PosttrainError(f"reward {name}: that is a {type(target).__name__}; expected something callable")
-    return functools.partial(target, **arguments) if arguments else target
-
-
-def _construct(name: str, kind: type, arguments: dict[str, Any]) -> Scorer:
-    signature = inspect.signature(kind)
-    try:
-        signature.bind(**arguments)
-        return kind(**arguments)
-    except TypeError as error:
-        raise PosttrainError(
-            f"reward {name}: {error}; its arguments are ({', '.join(map(str, signature.parameters.values()))})"
-        ) from error
-
-
 def _component_name(spec: str) -> str:
     """ "package.module:function" is called by its function."""
     return spec.rpartition(":")[2]
 
 
-def _import(path: str) -> Any:
-    """The object at "package.module:name" or "folder/file.py:name"; the working folder counts as importable."""
-    source, _, attribute = path.rpartition(":")
-    try:
-        if source.endswith(".py"):
-            module = _load_file(Path(source))
-        else:
-            if str(Path.cwd()) not in sys.path:
-                sys.path.append(str(Path.cwd()))
-            module = importlib.import_module(source)
-        return functools.reduce(getattr, attribute.split("."), module)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        raise PosttrainError(
-            f"reward {path}: cannot import it: {type(error).__name__}: {error}; "
-            "expected package.module:function or file.py:function"
-        ) from error
-
-
-def _load_file(file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _keywords(name: str, function: Scorer) -> tuple[str, ...]:
-    """Which of `tokens` and `finish` the callable takes; raises where it cannot take (completion, prompt)."""
-    offered = ("tokens", "finish")
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some built-in callables have no signature
-        return ()
-    parameters = signature.parameters.values()
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    by_name = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    keywords = tuple(k for k in offered if anything or k in by_name)
-    try:
-        signature.bind("completion", None, **dict.fromkeys(keywords))
-    except TypeError as error:
-        raise PosttrainError(
-            f"reward {name}: {error} in {signature}; expected (completion, prompt), tokens and finish optional"
-        ) from error
-    return keywords
-
-
-def _number(value: Any) -> float:
-    """`value` as a finite float; TypeError or ValueError where it is none."""
-    if isinstance(value, str | bytes) or value is None:
-        raise TypeError(f"returned {value!r}; expected a number")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"returned {number}; expected a finite number")
-    return number
-
-
 def _finite(value: Any, what: str) -> float:
     try:
-        return _number(value)
+        return finite_number(value)
     except (TypeError, ValueError) as error:
         raise PosttrainError(f"{what} is {value!r}; expected a finite number") from error

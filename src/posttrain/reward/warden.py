@@ -26,7 +26,7 @@ import torch
 
 from posttrain.reward.fault import Fault, FaultKind, ending
 from posttrain.reward.isolation import Setup
-from posttrain.reward.reward import evaluate, scorer_from
+from posttrain.reward.scorers import evaluate, scorer_from
 from posttrain.reward.seeding import seed_by_call
 from posttrain.trajectory import PosttrainError
 

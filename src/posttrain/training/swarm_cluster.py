@@ -25,7 +25,7 @@ from posttrain.rollout.pool.engine import on_cpu
 from posttrain.rollout.pool.workers import Workers
 from posttrain.rollout.strategies.swarm import Pool, Record
 from posttrain.training.stage import Trained
-from posttrain.training.swarm import Between, Node, Seat
+from posttrain.training.swarm_node import Between, Node, Seat
 
 Published = dict[int, list[Record]]  # by node
 

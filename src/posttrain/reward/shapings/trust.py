@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from posttrain.objective.schedule import Coefficient, Exponential, at
-from posttrain.reward.reward import Reward, Scorer, reward_from
+from posttrain.reward.reward import Reward, reward_from
+from posttrain.reward.scorers import Scorer
 from posttrain.rollout.context import StepContext
 from posttrain.trajectory import Group, PosttrainError, Trajectory
 
