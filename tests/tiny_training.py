@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from conftest import make_model, make_tokenizer
@@ -19,6 +20,8 @@ from posttrain.training.method import Method
 from posttrain.trajectory import Group, Prompt
 
 TOKENIZER = make_tokenizer()
+FAST: dict[str, Any] = {"learning_rate": 1e-2, "warmup": 0.0, "schedule": "constant"}
+SHORT: dict[str, Any] = {"batch": 3, "group": 4, "max_tokens": 6, "steps": 2}
 
 
 def make_policy(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> CausalPolicy:
@@ -94,3 +97,39 @@ def weights(policy: CausalPolicy) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def groups_for(method: Method) -> list[Group]:
+    kinds = {"demonstrations": demonstrations, "preferences": pairs, "feedback": feedback}
+    return kinds[method.data]()
+
+
+def trainer_for(method: Method, policy: CausalPolicy | None = None, **options: Any) -> Trainer:
+    make = online if method.online else None
+    return make(method, policy, **options) if make else offline(method, groups_for(method), policy, **options)
+
+
+def gradients(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """The gradient of every update from now on, before it is clipped."""
+    found: list[dict[str, torch.Tensor]] = []
+    step = trainer.optimizer.step
+
+    def taking(rate: float) -> float:
+        found.append(
+            {
+                name: master.grad.clone()
+                for name, master in zip(trainer.optimizer.names, trainer.optimizer.masters, strict=True)
+                if master.grad is not None
+            }
+        )
+        return step(rate)
+
+    monkeypatch.setattr(trainer.optimizer, "step", taking)
+    return found
+
+
+def records(trainer: Trainer) -> list[dict[str, float]]:
+    """What every step reports."""
+    found: list[dict[str, float]] = []
+    trainer.tracker.step = lambda step, seconds, metrics, groups: found.append(metrics)  # type: ignore[method-assign]
+    return found
