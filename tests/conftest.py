@@ -84,3 +84,12 @@ def tiny_tokenizer():
 @pytest.fixture
 def tiny_model():
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """The folder of the tiny model with its tokenizer, which tests leave as it is."""
+    folder = tmp_path_factory.mktemp("saved")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)

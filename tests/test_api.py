@@ -31,14 +31,6 @@ def make_policy(dtype: torch.dtype = torch.float32) -> CausalPolicy:
     return CausalPolicy(make_model().to(dtype), make_tokenizer(), "tiny")
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("saved")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 def an_a(completion: str, prompt: Any) -> float:
     return float("a" in completion)
 

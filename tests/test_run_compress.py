@@ -24,14 +24,6 @@ SFT = {"sft": {"steps": 1, "batch": 2, "learning_rate": 1e-2}}
 GPTQ = {"gptq": {"bits": 4, "group": 32, "samples": 4, "length": 16}}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 def recipe(model: str, *stages: Any, task: Any = TASK) -> Any:
     given: dict[str, Any] = {
         "model": {"id": model, "precision": "fp32"},
@@ -56,8 +48,8 @@ def logits(policy: CausalPolicy) -> torch.Tensor:
     return found
 
 
-def test_trained_then_compressed(model: str, tmp_path: Path) -> None:
-    run = go(recipe(model, SFT, GPTQ), tmp_path / "run")
+def test_trained_then_compressed(saved: str, tmp_path: Path) -> None:
+    run = go(recipe(saved, SFT, GPTQ), tmp_path / "run")
     assert run.after is not None
     kept = state(tmp_path / "run")
     first, second = kept["stages"]
@@ -94,8 +86,8 @@ def test_a_usual_group_that_does_not_divide_gives_way_and_says_so(tmp_path: Path
         go(recipe(str(tmp_path / "wide"), {"rtn": {"bits": 4, "group": 128}}), tmp_path / "strict")
 
 
-def test_without_a_task_or_text_it_is_rounded(model: str, tmp_path: Path) -> None:
-    run = go(recipe(model, {"rtn": {"bits": 8, "group": 0, "skip": "*.down_proj"}}, task=None), tmp_path / "run")
+def test_without_a_task_or_text_it_is_rounded(saved: str, tmp_path: Path) -> None:
+    run = go(recipe(saved, {"rtn": {"bits": 8, "group": 0, "skip": "*.down_proj"}}, task=None), tmp_path / "run")
     (stage,) = state(tmp_path / "run")["stages"]
     assert (stage["compression"]["layers"], stage["compression"]["tokens"]) == (12, 0)
     assert "compressed in " in run.report.read_text() or "compressed by rtn" in run.report.read_text()
@@ -103,16 +95,16 @@ def test_without_a_task_or_text_it_is_rounded(model: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("text", ["file", "rows", "list"])
-def test_text_of_ones_own(model: str, tmp_path: Path, text: str) -> None:
+def test_text_of_ones_own(saved: str, tmp_path: Path, text: str) -> None:
     (tmp_path / "notes.txt").write_text("Some words. " * 50)
     (tmp_path / "rows.jsonl").write_text('{"text": "Some words of a row."}\n' * 20)
     source = {"file": str(tmp_path / "notes.txt"), "rows": str(tmp_path / "rows.jsonl"), "list": ["Some words. " * 30]}
     stage = {"gptq": {**GPTQ["gptq"], "calibration": source[text]}}
-    go(recipe(model, stage, task=None), tmp_path / "run")
+    go(recipe(saved, stage, task=None), tmp_path / "run")
     assert state(tmp_path / "run")["stages"][0]["compression"]["tokens"] == 64
 
 
-def test_the_task_is_the_text_by_default(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_task_is_the_text_by_default(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     batches = run_compress.calibration_batches
 
@@ -121,7 +113,7 @@ def test_the_task_is_the_text_by_default(model: str, tmp_path: Path, monkeypatch
         return batches(policy, source, *rest)
 
     monkeypatch.setattr(run_compress, "calibration_batches", watched)
-    go(recipe(model, GPTQ), tmp_path / "run")
+    go(recipe(saved, GPTQ), tmp_path / "run")
     assert len(seen[0].train) == 16
 
 
@@ -135,23 +127,23 @@ def test_the_task_is_the_text_by_default(model: str, tmp_path: Path, monkeypatch
         ({"group": 0, "skip": "*.dwn_proj"}, r"skip pattern '\*\.dwn_proj' matches no linear layer"),
     ],
 )
-def test_told_before_the_stages_ahead_are_trained(model: str, tmp_path: Path, body: Any, message: str) -> None:
+def test_told_before_the_stages_ahead_are_trained(saved: str, tmp_path: Path, body: Any, message: str) -> None:
     with pytest.raises(PosttrainError, match=message):
-        go(recipe(model, SFT, {"rtn": body}), tmp_path / "run")
+        go(recipe(saved, SFT, {"rtn": body}), tmp_path / "run")
     assert not (tmp_path / "run").exists(), "nothing was done yet, so that the mended recipe can take its name"
 
 
-def test_a_task_without_training_problems(model: str, tmp_path: Path) -> None:
+def test_a_task_without_training_problems(saved: str, tmp_path: Path) -> None:
     task = {"multiple_choice": [{"question": "q", "choices": ["a", "b"], "answer": 0}]}
     with pytest.raises(PosttrainError, match=r"gptq: task .* has no training problems to be calibrated on; give"):
-        go(recipe(model, GPTQ, task=task), tmp_path / "run")
+        go(recipe(saved, GPTQ, task=task), tmp_path / "run")
 
 
 # -- stopping and going on -------------------------------------------------------------------------------------------
 
 
-def test_killed_midway_the_stage_starts_again(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = go(recipe(model, SFT, GPTQ), tmp_path / "whole")
+def test_killed_midway_the_stage_starts_again(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = go(recipe(saved, SFT, GPTQ), tmp_path / "whole")
 
     def killed(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
@@ -159,7 +151,7 @@ def test_killed_midway_the_stage_starts_again(model: str, tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr("posttrain.run_compress.compressed_copy", killed)
         with pytest.raises(Interrupted, match="go on with: posttrain run --resume"):
-            go(recipe(model, SFT, GPTQ), tmp_path / "run")
+            go(recipe(saved, SFT, GPTQ), tmp_path / "run")
     assert state(tmp_path / "run")["status"] == "interrupted"
     assert (tmp_path / "run" / "stages" / "0-sft" / "model").is_dir()
     assert not (tmp_path / "run" / "model").exists()
@@ -169,18 +161,18 @@ def test_killed_midway_the_stage_starts_again(model: str, tmp_path: Path, monkey
     assert weights[0] == weights[1]
 
 
-def test_stopped_between_blocks(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_between_blocks(saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import posttrain.run
 
     monkeypatch.setattr(posttrain.run._Stop, "__call__", lambda self: self.until == "this block")
     with pytest.raises(Interrupted, match="stopped at block 1 of 2 of gptq, which starts again; go on with: "):
-        go(recipe(model, GPTQ), tmp_path / "run")
+        go(recipe(saved, GPTQ), tmp_path / "run")
     monkeypatch.undo()
     assert resume_run(tmp_path / "run", show=False).after is not None
 
 
-def test_a_finished_run_is_read_again(model: str, tmp_path: Path) -> None:
-    first = go(recipe(model, GPTQ), tmp_path / "run")
+def test_a_finished_run_is_read_again(saved: str, tmp_path: Path) -> None:
+    first = go(recipe(saved, GPTQ), tmp_path / "run")
     again = resume_run(tmp_path / "run", show=False)
     assert torch.equal(logits(again.model), logits(first.model))
     assert again.after is not None
@@ -188,10 +180,10 @@ def test_a_finished_run_is_read_again(model: str, tmp_path: Path) -> None:
     assert again.after.accuracy == first.after.accuracy
 
 
-def test_a_policy_of_the_callers_stays_as_it_was(model: str, tmp_path: Path) -> None:
-    policy = load(model, precision="fp32")
+def test_a_policy_of_the_callers_stays_as_it_was(saved: str, tmp_path: Path) -> None:
+    policy = load(saved, precision="fp32")
     before = logits(policy)
-    run = go(recipe(model, GPTQ), tmp_path / "run", policy=policy)
+    run = go(recipe(saved, GPTQ), tmp_path / "run", policy=policy)
     assert torch.equal(logits(policy), before)
     assert not torch.equal(logits(run.model), before)
 
