@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from block_models import blocks_of, first_block, logits, model_of, same, transform
 from posttrain.compress.activations.crossquant import CrossQuant
@@ -17,7 +19,7 @@ from posttrain.compress.solvers.clipped import clipped
 from posttrain.compress.structure import norm_outputs, structure
 from posttrain.compress.transforms.awq import AWQ, importance
 from posttrain.compress.transforms.cross_fold import CrossFold
-from posttrain.compress.transforms.search import Part, leading, rounded
+from posttrain.compress.transforms.search import Part, best, leading, rounded
 from posttrain.compress.transforms.shift import OutlierSuppression, centre, scaling, thresholds
 from posttrain.compress.transforms.smooth import SmoothQuant, smoothing
 from posttrain.compress.transforms.transform import Transform
@@ -261,6 +263,51 @@ def test_a_part_that_is_not_changed_makes_no_error_and_as_many_calls_are_looked_
     block = first_block("llama")
     assert Part(block, ["mlp.up_proj"], block.inputs).error({}) == 0.0
     assert [len(leading(block.inputs, tokens)) for tokens in (1, 36, 37, 1000)] == [1, 1, 2, 2]  # of 36 tokens each
+
+
+@pytest.mark.parametrize(("layers", "module"), [(["down_proj"], "mlp.down_proj"), (["up_proj", "gate_proj"], "mlp")])
+def test_an_error_is_that_of_the_outputs_and_infinite_where_it_is_above_what_is_of_interest(
+    layers: list[str], module: str
+) -> None:
+    block = first_block("llama")
+    part, around = Part(block, [f"mlp.{name}" for name in layers], block.inputs), block.module.get_submodule(module)
+    assert part.name == module
+    met: list[torch.Tensor] = []
+    hook = around.register_forward_pre_hook(lambda m, args: met.append(args[0]))
+    block.outputs()
+    hook.remove()
+    wanted = [around(x) for x in met]
+    weight = block.linears[f"mlp.{layers[0]}"].weight
+    kept, changed = weight.clone(), weight + 0.1 * torch.randn_like(weight)
+    weight.copy_(changed)
+    errors = [around(x) - y for x, y in zip(met, wanted, strict=True)]
+    weight.copy_(kept)
+    changes = {f"mlp.{layers[0]}.weight": changed}
+    found = part.error(changes)
+    assert found == pytest.approx(float(torch.cat([e.flatten() for e in errors]).square().mean()), rel=1e-4)
+    assert part.error(changes, least=found) == found
+    if module == "mlp":  # a layer alone is computed at once
+        assert part.error(changes, least=found / 2) == torch.inf
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.5, 3.0, torch.inf]), min_size=1, max_size=9))
+def test_the_best_is_the_first_of_the_least(losses: list[float]) -> None:
+    """However much of the others is computed."""
+    places = list(range(len(losses)))
+    assert best(places, lambda i, least: losses[i] if losses[i] <= least else torch.inf) == losses.index(min(losses))
+    assert best(places, lambda i, least: losses[i]) == losses.index(min(losses))
+
+
+def test_an_expert_that_the_searched_tokens_do_not_reach_is_shown_them() -> None:
+    model = model_of("mixtral")
+    router = model.get_submodule("model.layers.0.mlp.gate")
+    router.register_forward_hook(lambda m, args, out: (out[0], out[1], out[2].masked_fill(out[2] == 2, 0)))
+    block, name = blocks_of(model)[0], "mlp.experts.2.down_proj"
+    before = block.outputs()[0]
+    part = Part(block, [name], block.inputs)
+    assert sum(len(out) for out in part.outputs) == sum(c.hidden.shape[:-1].numel() for c in block.inputs)
+    assert part.error({f"{name}.weight": block.linears[name].weight * 2}) > 0
+    assert same(block.outputs()[0], before)
 
 
 def test_all_groups_at_once_are_rounded_as_one_by_one() -> None:

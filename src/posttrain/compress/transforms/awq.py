@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from posttrain.compress.grids.grid import Grid
 from posttrain.compress.grids.uniform import Uniform
 from posttrain.compress.solvers.rtn import with_bits
 from posttrain.compress.structure import foldable, norm_outputs
-from posttrain.compress.transforms.search import Part, leading, rounded
+from posttrain.compress.transforms.search import Part, best, leading, rounded
 from posttrain.compress.transforms.transform import Transform
 from posttrain.compress.walk import Block
 
@@ -37,7 +37,7 @@ class AWQ(Transform):
 
     grid: Grid = field(default_factory=Uniform)
     points: int = 20
-    tokens: int = 16384
+    tokens: int = 8192
 
     def apply_to_block(self, block: Block) -> None:
         found = foldable(block, "AWQ")
@@ -59,12 +59,12 @@ class AWQ(Transform):
         weights = {name: block.linears[name].weight.detach().float() for name in names}
         grids = {name: with_bits(self.grid, block.bits.get(name)) for name in names}
 
-        def loss(scale: Tensor) -> float:
+        def loss(scale: Tensor, least: float) -> float:
             tried = {
                 f"{name}.weight": rounded(weight * scale, grids[name], f"{block.name}.{name}") / scale
                 for name, weight in weights.items()
             }
-            return part.error(tried)
+            return part.error(tried, least=least)
 
         return best([importance(mean, i / self.points) for i in range(self.points)], loss)
 
@@ -73,9 +73,3 @@ def importance(mean: Tensor, power: float) -> Tensor:
     """`[in]` s of a ρ, from the mean sizes of the channels."""
     scale = (mean**power).clamp(min=SMALLEST)
     return scale / (scale.max() * scale.min()).sqrt()
-
-
-def best(tried: Sequence[Tensor], loss: Callable[[Tensor], float]) -> Tensor:
-    """The one of least loss, the first of equals."""
-    losses = [loss(each) for each in tried]
-    return tried[losses.index(min(losses))]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from posttrain.compress.calls import Call, run
+from posttrain.compress.experts import shown_all
 from posttrain.compress.fold import Parameters
 from posttrain.compress.grids.grid import Grid
 from posttrain.compress.walk import Block
+
+T = TypeVar("T")
 
 
 class Part:
@@ -20,6 +26,7 @@ class Part:
 
     layers: their names in the block. calls: those of the block that are looked at. until: a layer inside whose input
     is compared in place of the module's output.
+    An expert to which none of their tokens is sent is shown all of them.
     outputs: call by call, of the weights as they are.
     """
 
@@ -37,20 +44,50 @@ class Part:
         try:
             for call in calls:
                 run(block.module, call)
+            if not self._given:  # an expert that none of these tokens was sent to
+                with shown_all(block.module, layers):
+                    for call in calls:
+                        run(block.module, call)
         finally:
             hook.remove()
-        self.outputs = self._run({}, {})
+        self.outputs = list(self._run({}, {}))
+        self._numbers = sum(wanted.numel() for wanted in self.outputs)
 
-    def error(self, changes: Parameters, inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None) -> float:
-        """Mean squared error of the outputs with parameters changed, and inputs of layers put through functions."""
-        found = self._run(changes, inputs or {})
-        total = sum(
-            float((now - wanted).double().square().sum()) for now, wanted in zip(found, self.outputs, strict=True)
-        )
-        return total / sum(wanted.numel() for wanted in self.outputs)
+    def error(
+        self,
+        changes: Parameters,
+        inputs: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        *,
+        least: float = math.inf,
+    ) -> float:
+        """Mean squared error of the outputs with parameters changed, and inputs of layers put through functions.
+
+        least: of interest; infinity as soon as it is clear that the error is above it.
+        """
+        if type(self.module) is nn.Linear and list(changes) == [f"{self.name}.weight"] and not inputs:
+            change = self._cast(changes)[f"{self.name}.weight"].float() - self.module.weight.detach().float()
+            return float(((change @ self._gram) * change).sum(dtype=torch.float64)) / self._numbers
+        total = 0.0
+        with closing(self._run(changes, inputs or {})) as found:
+            for now, wanted in zip(found, self.outputs, strict=True):
+                total += float((now - wanted).double().square().sum())
+                if total / self._numbers > least:
+                    return math.inf
+        return total / self._numbers
+
+    @cached_property
+    @torch.no_grad()
+    def _gram(self) -> Tensor:
+        """`[in, in]` fp32 of the inputs of a part that is a linear layer: its error needs nothing else of them."""
+        total = torch.zeros(())
+        for (given, *_), _ in self._given:
+            rows = given.reshape(-1, given.shape[-1]).float()
+            total = total + rows.T @ rows
+        return total
 
     @torch.no_grad()
-    def _run(self, changes: Parameters, inputs: Mapping[str, Callable[[Tensor], Tensor]]) -> list[Tensor]:
+    def _run(self, changes: Parameters, inputs: Mapping[str, Callable[[Tensor], Tensor]]) -> Generator[Tensor]:
+        """Outputs (or what reaches `until`), call by call."""
         caught: list[Tensor] = []
         hooks = [
             self.module.get_submodule(self._local(name)).register_forward_pre_hook(
@@ -64,16 +101,14 @@ class Part:
                     lambda module, given: caught.append(given[0].float())
                 )
             )
-        local = {self._local(name): value for name, value in changes.items()}
+        local = {self._local(name): value for name, value in self._cast(changes).items()}
         try:
             for given, keywords in self._given:
-                out = functional_call(self.module, self._cast(local), given, keywords)
-                if self._until is None:
-                    caught.append((out[0] if isinstance(out, tuple) else out).float())
+                out = functional_call(self.module, local, given, keywords)
+                yield caught.pop() if self._until is not None else (out[0] if isinstance(out, tuple) else out).float()
         finally:
             for hook in hooks:
                 hook.remove()
-        return caught
 
     def _cast(self, changes: Parameters) -> dict[str, Tensor]:
         dtype = next(self.module.parameters()).dtype
@@ -84,6 +119,20 @@ class Part:
 
     def _local(self, name: str) -> str:
         return name.removeprefix(self.name).removeprefix(".")
+
+
+def best(tried: Sequence[T], loss: Callable[[T, float], float]) -> T:
+    """The one of least loss, the first of equals.
+
+    loss: of one of them; it may be infinity where it is above the number given, the least so far. They are tried from
+    the middle outwards, since the first and the last are seldom the best and so need not be computed to their end.
+    """
+    least, found = math.inf, 0
+    for place in sorted(range(len(tried)), key=lambda i: abs(i - len(tried) // 2)):
+        now = loss(tried[place], least)
+        if (now, place) < (least, found):
+            least, found = now, place
+    return tried[found]
 
 
 def leading(calls: Sequence[Call], tokens: int) -> list[Call]:

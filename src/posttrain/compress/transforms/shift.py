@@ -14,7 +14,7 @@ from posttrain.compress.grids.grid import Grid
 from posttrain.compress.grids.restricted import Restricted
 from posttrain.compress.solvers.rtn import with_bits
 from posttrain.compress.structure import Structure, foldable, norm_outputs
-from posttrain.compress.transforms.search import Part, leading, rounded
+from posttrain.compress.transforms.search import Part, best, leading, rounded
 from posttrain.compress.transforms.transform import Transform
 from posttrain.compress.walk import Block
 from posttrain.trajectory import PosttrainError
@@ -106,7 +106,7 @@ class OutlierSuppression(Transform):
         weights = {name: now[f"{name}.weight"].float() for name in names}
         grids = {name: with_bits(self.grid, block.bits.get(name)) for name in names}
 
-        def loss(threshold: float) -> float:
+        def loss(threshold: float, least: float) -> float:
             scale = scaling(extent, threshold)
             changes = {}
             for name, weight in weights.items():
@@ -114,11 +114,9 @@ class OutlierSuppression(Transform):
                 if shift is not None:
                     bias = now.get(f"{name}.bias")
                     changes[f"{name}.bias"] = weight @ shift + (0.0 if bias is None else bias.float())
-            return part.error(changes, dict.fromkeys(names, self._inputs(threshold, scale, shift)))
+            return part.error(changes, dict.fromkeys(names, self._inputs(threshold, scale, shift)), least=least)
 
-        tried = thresholds(float(extent.max()), float(high.max()), self.lower)
-        losses = [loss(t) for t in tried]
-        return scaling(extent, tried[losses.index(min(losses))])
+        return scaling(extent, best(thresholds(float(extent.max()), float(high.max()), self.lower), loss))
 
     def _inputs(self, threshold: float, scale: Tensor, shift: Tensor | None) -> Callable[[Tensor], Tensor]:
         """What the inputs of a layer become: shifted, scaled and rounded."""
