@@ -222,7 +222,7 @@ def _be(count: int) -> str:
 
 def factor(difference: Ratio) -> tuple[str, str]:
     """The perplexity of the other method over that of the method: `0.913`, `[0.902, 0.925]`."""
-    value, low, high = (f"{x:.3f}" if x < 1000 else f"{x:.3g}" for x in difference.inverse)
+    value, low, high = (f"{x:.3f}" if 0.1 <= x < 1000 else f"{x:.3g}" for x in difference.inverse)
     return value, f"[{low}, {high}]"
 
 
