@@ -9,37 +9,24 @@ from typing import Any
 import pytest
 import torch
 
+import run_recipes
 from conftest import make_model, make_tokenizer
 from posttrain import run_compress
 from posttrain.compress.packed.linear import PackedLinear
 from posttrain.models.causal import CausalPolicy
 from posttrain.models.load import load
-from posttrain.recipe import parse_recipe
-from posttrain.run import Interrupted, Run, execute, resume_run
+from posttrain.run import Interrupted, resume_run
 from posttrain.run_compress import size
 from posttrain.trajectory import PosttrainError
+from run_recipes import TASK, go, state
 
-TASK = {"file": [{"prompt": f"p{i}", "answer": "a", "solution": "a"} for i in range(24)], "heldout": 8}
 SFT = {"sft": {"steps": 1, "batch": 2, "learning_rate": 1e-2}}
 GPTQ = {"gptq": {"bits": 4, "group": 32, "samples": 4, "length": 16}}
 
 
 def recipe(model: str, *stages: Any, task: Any = TASK) -> Any:
-    given: dict[str, Any] = {
-        "model": {"id": model, "precision": "fp32"},
-        "stages": list(stages),
-        "evaluate": {"max_tokens": 4},
-    }
-    return parse_recipe(given | ({"task": task} if task is not None else {}))
-
-
-def go(found: Any, folder: Path, **options: Any) -> Run:
-    return execute(found, folder=folder, show=False, **options)
-
-
-def state(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    return found
+    """With the task unless said otherwise: it is the text to calibrate on."""
+    return run_recipes.recipe(model, *stages, task=task)
 
 
 def logits(policy: CausalPolicy) -> torch.Tensor:
