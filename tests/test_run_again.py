@@ -15,7 +15,7 @@ import torch
 from conftest import make_model, make_tokenizer
 from posttrain.models.causal import CausalPolicy
 from posttrain.run import Interrupted, Run, execute, resume_run
-from posttrain.run_folder import RunFolder
+from posttrain.run_folder import FAILED, RunFolder
 from posttrain.training import checkpoint
 from posttrain.trajectory import PosttrainError
 from run_recipes import FAST, PAIRS, TASK, contents, go, recipe, rows, small, state
@@ -164,6 +164,29 @@ def test_the_second_signal_interrupts_at_once(saved: str, tmp_path: Path, monkey
     with pytest.raises(Interrupted, match="stopped; what is finished is kept; go on with: posttrain run --resume"):
         go(small(saved), tmp_path / "run")
     assert state(tmp_path / "run")["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_it_is_told_how_the_run_ended_changes_nothing(
+    number: int, saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher sends TERM to the processes that are left when one has ended; their message must come out whole."""
+    from posttrain.training.loop import Trainer
+
+    def step(self: Trainer, collected: Any) -> dict[str, float]:
+        raise PosttrainError("the disk has gone")
+
+    def note(self: RunFolder, text: str) -> None:
+        if text.startswith(FAILED):
+            os.kill(os.getpid(), number)
+        real(self, text)
+
+    real, handler = RunFolder.note, signal.getsignal(number)
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(RunFolder, "note", note)
+    with pytest.raises(PosttrainError, match="the disk has gone"):
+        go(small(saved), tmp_path / "run")
+    assert signal.getsignal(number) == handler
 
 
 def test_a_run_outside_the_main_thread_leaves_signals_alone(saved: str, tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def execute(
             try:
                 return _Execution(recipe, memory, task, say, show, stop).all(policy)
             except BaseException as error:
+                stop.over = True
                 if lost(error):
                     error = PosttrainError(
                         f"another process has ended or cannot be reached, and the run with it; its own message says "
@@ -438,11 +439,12 @@ class _Stop:
     """Whether a signal asked the run to stop.
 
     While work goes on that would be lost, the first Ctrl-C (or TERM) only asks: the loop stops after its step, with a
-    checkpoint. At any other time, and the second time, it interrupts at once.
+    checkpoint. At any other time, and the second time, it interrupts at once. Once the run is over there is nothing to
+    stop: what became of it is written and told first. A launcher sends TERM to all when one of its processes has ended.
     """
 
     def __init__(self, say: Say) -> None:
-        self.say, self.asked, self.interrupted = say, False, False
+        self.say, self.asked, self.interrupted, self.over = say, False, False, False
         self.until = ""  # what the work at hand goes on to, if it is patient
 
     def __call__(self) -> bool:
@@ -450,6 +452,8 @@ class _Stop:
         return any_of(self.asked)
 
     def signalled(self, number: int, frame: object) -> None:
+        if self.over:
+            return
         if self.asked or not self.until:
             self.interrupted = True
             raise KeyboardInterrupt

@@ -164,3 +164,25 @@ def test_ctrl_c_before_anything_is_done(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr("posttrain.recipe.load_recipe", loading)
     done = call(capsys, "run", "recipe.yaml")
     assert (done.code, done.out, done.error) == (130, "", "interrupted")
+
+
+def test_a_launcher_that_ends_the_others_does_not_cut_off_their_last_words(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of several processes has failed and leaves `execute`; TERM comes before it has told why."""
+
+    def failing(*given: object, **options: object) -> None:
+        try:
+            raise PosttrainError("another process has ended; go on with: posttrain run --resume here")
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("posttrain.run.execute", failing)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    done = call(capsys, "run", write_recipe(tmp_path, tiny), "--output", tmp_path / "out")
+    assert done.code == 1
+    told = "process 0: error: another process has ended; go on with: posttrain run --resume here"
+    assert done.error == told
+    assert signal.getsignal(signal.SIGTERM) == handler

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -86,21 +89,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character shows its number
+    with _having_the_last_word():
+        return _told(arguments)
+
+
+def _told(arguments: Sequence[str] | None) -> int:
+    """Run the command line and tell what went wrong; returns the exit code."""
     try:
         code = _run(arguments)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        _deaf()
+        before = stop.__context__ if _several() else None  # what was on its way to be told when the signal came
+        while before is not None:
+            if isinstance(before, Exception) and (told := _expected(before)) is not None:
+                return told
+            before = before.__context__
         return _fail("interrupted", 130)
     except BrokenPipeError:  # whoever read the output has gone, as in `posttrain methods list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
+        _deaf()
         told = _expected(error)
         if told is not None:
             return told
         traceback.print_exc()
         return _fail("this is a fault of posttrain's own; please report it with the lines above", 1)
+
+
+@contextmanager
+def _having_the_last_word() -> Iterator[None]:
+    """A launcher sends TERM to its other processes when one has ended; what they have to say of it comes first."""
+    if not _several() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _deaf() -> None:
+    """Hear TERM no more, until the command is over."""
+    if _several() and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _run(arguments: Sequence[str] | None) -> int:
