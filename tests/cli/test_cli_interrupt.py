@@ -166,6 +166,22 @@ def test_ctrl_c_before_anything_is_done(capsys: pytest.CaptureFixture[str], monk
     assert (done.code, done.out, done.error) == (130, "", "interrupted")
 
 
+def test_an_interrupt_of_which_a_library_makes_a_fault(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the run listens; nobody is asked to report it."""
+
+    def loading(*given: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("cannot import a module") from None
+
+    monkeypatch.setattr("posttrain.recipe.load_recipe", loading)
+    done = call(capsys, "run", "recipe.yaml")
+    assert (done.code, done.out, done.error) == (130, "", "interrupted")
+
+
 def test_a_launcher_that_ends_the_others_does_not_cut_off_their_last_words(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,11 +101,9 @@ def _told(arguments: Sequence[str] | None) -> int:
         return code
     except KeyboardInterrupt as stop:
         _deaf()
-        before = stop.__context__ if _several() else None  # what was on its way to be told when the signal came
-        while before is not None:
+        for before in _before(stop) if _launched() else ():  # what was on its way to be told when the signal came
             if isinstance(before, Exception) and (told := _expected(before)) is not None:
                 return told
-            before = before.__context__
         return _fail("interrupted", 130)
     except BrokenPipeError:  # whoever read the output has gone, as in `posttrain methods list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -115,6 +113,8 @@ def _told(arguments: Sequence[str] | None) -> int:
         told = _expected(error)
         if told is not None:
             return told
+        if any(isinstance(before, KeyboardInterrupt) for before in _before(error)):  # in the middle of an import
+            return _fail("interrupted", 130)
         traceback.print_exc()
         return _fail("this is a fault of posttrain's own; please report it with the lines above", 1)
 
@@ -122,7 +122,7 @@ def _told(arguments: Sequence[str] | None) -> int:
 @contextmanager
 def _having_the_last_word() -> Iterator[None]:
     """A launcher sends TERM to its other processes when one has ended; what they have to say of it comes first."""
-    if not _several() or threading.current_thread() is not threading.main_thread():
+    if not _launched():
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -134,8 +134,20 @@ def _having_the_last_word() -> Iterator[None]:
 
 def _deaf() -> None:
     """Hear TERM no more, until the command is over."""
-    if _several() and threading.current_thread() is threading.main_thread():
+    if _launched():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _launched() -> bool:
+    """Whether a launcher's signals are for this call: Python hears signals in its main thread."""
+    return _several() and threading.current_thread() is threading.main_thread()
+
+
+def _before(error: BaseException) -> Iterator[BaseException]:
+    """The errors during which one was raised, the latest first."""
+    while error.__context__ is not None:
+        error = error.__context__
+        yield error
 
 
 def _run(arguments: Sequence[str] | None) -> int:
